@@ -8,13 +8,12 @@ A quantiser is any hashable object with
 """
 
 import dataclasses
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 
 
-@runtime_checkable
 class Quantizer(Protocol):
     """What the engine asks of a quantised set; any hashable object with these members serves."""
 

@@ -5,7 +5,7 @@ A regulariser is any hashable object with one method, `prox(v, step)`, the minim
 """
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from stam_jax import _numbers
 
 
-@runtime_checkable
 class Regularizer(Protocol):
     """What the engine asks of a regulariser; any hashable object with this method serves."""
 

@@ -8,7 +8,7 @@ on the step alone is so worked out once, not for every leaf.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from stam_jax._numbers import ScalarOrSchedule
 RelaxationMap = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-@runtime_checkable
 class Relaxation(Protocol):
     """What the engine asks of a relaxation; any hashable object with this method serves."""
 

@@ -1,0 +1,359 @@
+"""`stam()`, the engine: every method of the package is a configuration of this one transform."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from stam_jax import _numbers, _trees, relaxations
+from stam_jax._numbers import ScalarOrSchedule
+from stam_jax.quantizers import Binary, Quantizer
+from stam_jax.regularizers import Regularizer
+from stam_jax.relaxations import Relaxation, RelaxationMap, SquaredDistance
+from stam_jax.selection import Selection, select
+
+Mask = Any | Callable[[Any], Any]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Assigned:
+    """The quantiser of one leaf, or None: a node without leaves, so that jit sees it as static.
+
+    Args:
+        quantizer: what the leaf is projected by; None where it stays in float.
+    """
+
+    quantizer: Quantizer | None
+
+
+class StamState(NamedTuple):
+    """The state of `stam`.
+
+    Args:
+        count: the steps taken so far, an int32 scalar.
+        latent: the float block v that is projected, in float32 at least, in a tree like the parameters with
+            an `optax.MaskedNode` at each leaf that is not quantised; None without inertia, where v is x, the
+            parameters themselves.
+        quantizers: a tree like the parameters with an `Assigned` at each leaf.
+    """
+
+    count: jax.Array
+    latent: Any
+    quantizers: Any
+
+
+def _default_strength(count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+    """lam = count / 1000: halfway from float to quantised after 1,000 steps, 99% after 100,000."""
+    return count / 1000
+
+
+def stam(
+    learning_rate: ScalarOrSchedule,
+    *,
+    penalty: ScalarOrSchedule | None = None,
+    quantizer: Quantizer = Binary(),
+    relaxation: Relaxation | None = None,
+    regularizer: Regularizer | None = None,
+    regularizer_penalty: ScalarOrSchedule = math.inf,
+    inertia: ScalarOrSchedule = 1.0,
+    project: Literal["first", "last"] = "first",
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Stochastic three-block alternating minimisation, for weights from a quantised set Q.
+
+    It minimises $f(x) + g(y) + h(z) + (\rho/2)|x-y|^2 + (\tau/2)|x-z|^2$, where f is the loss, g the
+    indicator of Q and h a regulariser. One step, with d the direction that comes in (the gradient, or what
+    the transforms before this one made of it) and v the float block, $v_0 = x_0$:
+
+    $$z^+ = \mathrm{prox}_{h/\tau}(v), \qquad
+      w^+ = \frac{v - \eta d + \eta\tau z^+}{1 + \eta\tau}, \qquad
+      y^+ = P_Q(v) \text{ or } P_Q(w^+),$$
+    $$x^+ = \mathrm{relax}(w^+, y^+), \qquad v^+ = x^+ + \kappa\,(w^+ - x^+).$$
+
+    With $\tau = \infty$ the regulariser is enforced exactly, $w^+ = \mathrm{prox}_{\eta h}(v - \eta d)$.
+
+    The parameters hold x, the relaxed weights: train and differentiate at them. The quantised network is
+    `hard_params(opt_state, params)`: evaluate and ship that. The transform multiplies by the learning rate
+    and the sign itself, so it stands last in a chain. Leaves that are not quantised take the plain step
+    $-\eta d$.
+
+    With `inertia=0.` and a `penalty` this is proximal STAM: the three blocks are minimised exactly in turn,
+    for plain minibatch gradients $\mathbf{E}|R| \le \varepsilon$ is reached in $O(\varepsilon^{-4})$
+    steps, and the state is a counter. Momentum, Adam and inertia lie outside of that theorem; in practice
+    they, and a relaxation that ends hard, train better networks. These are this project's formulation and
+    derivation: the publication's own iteration was not available to it.
+
+    Args:
+        learning_rate: the step size $\eta$, at least 0. It, and every other number here, may be a schedule:
+            a function from the step count (from 0) to a number.
+        penalty: $\rho$, from 0 to infinity, of the squared-distance relaxation with
+            $\lambda = \eta\rho/(1+\eta\tau)$. Give it or `relaxation`, not both. By default the relaxation
+            is the squared distance with $\lambda = k/1000$ at step k.
+        quantizer: the set Q and its projection.
+        relaxation: the map from $(w^+, y^+)$ to $x^+$.
+        regularizer: h; None for none.
+        regularizer_penalty: $\tau$, from 0 to infinity.
+        inertia: $\kappa$ in [0, 1], the share of $w - x$ carried over to the next step: 0 is the proximal
+            method, 1 the lazy update of BinaryConnect and BinaryRelax. The number 0 saves the copy of v.
+        project: `"first"`, $y^+ = P_Q(v)$: no noise of this step enters the projection; or `"last"`,
+            $y^+ = P_Q(w^+)$.
+        mask: which leaves are quantised: a tree of booleans like the parameters or a prefix of it, a
+            `Selection`, or a function from the parameters to one of these; by default what `select` chooses.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`; its `update` needs the parameters.
+
+    Raises:
+        ValueError: for a number out of range, both `penalty` and `relaxation`, a `regularizer_penalty`
+            without a regulariser, or another word for `project`; in `init`, for a mask that does not cover
+            the parameters, or a leaf that the quantiser cannot take; in `update`, without parameters, or
+            with trees that do not match the one given to `init`.
+        TypeError: for an argument of the wrong kind.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from stam_jax import hard_params, stam
+        >>> target = jnp.array([[0.9, -0.2], [-1.1, 0.4]])
+        >>> loss = lambda params: jnp.sum((params["kernel"] - target) ** 2)
+        >>> params = {"kernel": jnp.zeros((2, 2))}
+        >>> optimizer = optax.chain(optax.clip_by_global_norm(1.0), stam(0.1))
+        >>> state = optimizer.init(params)
+        >>> for _ in range(100):
+        ...     updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> print(jnp.sign(hard_params(state, params)["kernel"]))
+        [[ 1. -1.]
+         [-1.  1.]]
+
+    References:
+        Bian, Liu and Zhang, A stochastic three-block splitting algorithm and its application to quantized
+        deep neural networks, arXiv:2204.11065 (the model and the O(eps^-4) claim).
+    """
+    _numbers.check("stam", "learning_rate", learning_rate, finite=True)
+    _numbers.check("stam", "inertia", inertia, high=1.0)
+    _numbers.check("stam", "regularizer_penalty", regularizer_penalty)
+    if project not in ("first", "last"):
+        raise ValueError(f"stam: project must be 'first' or 'last'; got {project!r}.")
+    if penalty is not None and relaxation is not None:
+        raise ValueError(
+            "stam: give penalty (rho of the squared distance) or relaxation, not both."
+        )
+    if penalty is not None:
+        _numbers.check("stam", "penalty", penalty)
+    elif relaxation is None:
+        relaxation = SquaredDistance(lam=_default_strength)
+    if regularizer is None and isinstance(regularizer_penalty, (int, float)):
+        if not math.isinf(regularizer_penalty):
+            raise ValueError("stam: regularizer_penalty needs a regularizer; got none.")
+    _check_has("quantizer", quantizer, "bits", "project", "contains")
+    if relaxation is not None:
+        _check_has("relaxation", relaxation, "at")
+    if regularizer is not None:
+        _check_has("regularizer", regularizer, "prox")
+    is_lazy = not (isinstance(inertia, (int, float)) and inertia == 0)
+
+    def init(params: Any) -> StamState:
+        chosen = _chosen(mask, params)
+        quantizers = _trees.map_named(
+            lambda name, leaf: Assigned(_fitting(quantizer, name, leaf) if chosen[name] else None),
+            params,
+        )
+        latent = None
+        if is_lazy:
+            # A copy even where no cast is due: an alias of x would break the donation of both.
+            latent = _trees.map_named(
+                lambda name, x: (
+                    jnp.array(x, jnp.promote_types(x.dtype, jnp.float32), copy=True)
+                    if chosen[name]
+                    else optax.MaskedNode()
+                ),
+                params,
+            )
+        return StamState(jnp.zeros([], jnp.int32), latent, quantizers)
+
+    def update(
+        updates: Any, state: StamState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, StamState]:
+        del extra_args
+        if params is None:
+            raise ValueError("stam: update needs the parameters: update(updates, state, params).")
+        step = _Step.at(
+            state.count,
+            learning_rate=learning_rate,
+            penalty=penalty,
+            relaxation=relaxation,
+            regularizer=regularizer,
+            regularizer_penalty=regularizer_penalty,
+            inertia=inertia,
+            project=project,
+        )
+        directions, structure = jax.tree.flatten(updates)
+        weights = jax.tree.leaves(params)
+        assigned = assigned_quantizers(state)
+        _check_matching(updates, params, assigned)
+        latents, latent_structure = jax.tree.flatten(state.latent)
+        new_updates, new_latents = [], []
+        remaining = iter(latents)
+        for d, x, chosen in zip(directions, weights, assigned.values(), strict=True):
+            if chosen is None:
+                new_updates.append((-step.learning_rate * d).astype(x.dtype))
+                continue
+            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            v = next(remaining) if is_lazy else wide
+            new_x, new_v = step.advance(chosen, v, d)
+            new_updates.append((new_x - wide).astype(x.dtype))
+            new_latents.append(new_v.astype(v.dtype))
+        return jax.tree.unflatten(structure, new_updates), StamState(
+            count=optax.safe_increment(state.count),
+            latent=jax.tree.unflatten(latent_structure, new_latents) if is_lazy else None,
+            quantizers=state.quantizers,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_has(name: str, value: Any, *members: str) -> None:
+    """Raise unless the value is an object (not a class) with the members."""
+    if isinstance(value, type) or not all(hasattr(value, member) for member in members):
+        raise TypeError(f"stam: {name} must be an object with {', '.join(members)}; got {value!r}.")
+
+
+class _Step(NamedTuple):
+    """One step's numbers, each worked out once for all leaves."""
+
+    learning_rate: jax.typing.ArrayLike
+    inertia: jax.typing.ArrayLike
+    relax: RelaxationMap
+    constrain: Callable[[jax.Array, jax.Array], jax.Array]
+    project: str
+
+    @classmethod
+    def at(
+        cls,
+        count: jax.Array,
+        *,
+        learning_rate: ScalarOrSchedule,
+        penalty: ScalarOrSchedule | None,
+        relaxation: Relaxation | None,
+        regularizer: Regularizer | None,
+        regularizer_penalty: ScalarOrSchedule,
+        inertia: ScalarOrSchedule,
+        project: str,
+    ) -> "_Step":
+        eta = _numbers.at(learning_rate, count)
+        tau = _numbers.at(regularizer_penalty, count)
+        exact = jnp.isinf(tau)
+        # Infinite tau takes the other branch of each `where`; 0 keeps this one finite, for gradients too.
+        damping = jnp.where(exact, 0.0, eta * jnp.where(exact, 0.0, tau))
+
+        def constrain(v: jax.Array, forward: jax.Array) -> jax.Array:
+            """w+ from v and v - eta d: the mean of v - eta d and z+, weighted by tau."""
+            if regularizer is None:
+                return forward
+            step = jnp.where(exact, eta, 1 / jnp.maximum(tau, jnp.finfo(jnp.float32).tiny))
+            z = regularizer.prox(jnp.where(exact, forward, v), step)
+            share = jnp.where(exact, 1.0, damping / (1 + damping))
+            return (1 - share) * forward + share * z
+
+        if relaxation is not None:
+            relax = relaxation.at(count)
+        else:
+            relax = relaxations.from_penalty(_numbers.at(penalty, count), eta, damping)
+        return cls(
+            learning_rate=eta,
+            inertia=_numbers.at(inertia, count),
+            relax=relax,
+            constrain=constrain,
+            project=project,
+        )
+
+    def advance(
+        self, quantizer: Quantizer, v: jax.Array, d: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """x+ and v+ of one quantised leaf."""
+        w = self.constrain(v, v - self.learning_rate * d.astype(v.dtype))
+        y = quantizer.project(v if self.project == "first" else w)
+        x = self.relax(w, y)
+        # The same as x + kappa (w - x), but exact at kappa = 0 and 1.
+        return x, (1 - self.inertia) * x + self.inertia * w
+
+
+def _chosen(mask: Mask | None, params: Any) -> dict[str, bool]:
+    """Whether each leaf of the parameters, by name, is quantised."""
+    if mask is None:
+        mask = select
+    if callable(mask):
+        mask = mask(params)
+    if isinstance(mask, Selection):
+        mask = mask.mask
+    rules = _trees.named_leaves(mask)
+    for name, value in rules.items():
+        if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.bool_):
+            raise TypeError(f"stam: mask holds {value!r} at {name!r}; it must be a boolean.")
+    chosen, used = {}, set()
+    names = _trees.named_leaves(params, holes=True)
+    for name, leaf in names.items():
+        rule = next((prefix for prefix in _prefixes(name) if prefix in rules), None)
+        used.add(rule)
+        if _trees.is_masked(leaf):
+            continue
+        if rule is None:
+            raise ValueError(f"stam: mask says nothing of the leaf {name!r}.")
+        chosen[name] = bool(rules[rule])
+    for rule in rules:
+        if rule not in used and names:
+            raise ValueError(
+                f"stam: mask speaks of {rule!r}, which the parameters do not hold; "
+                f"they hold {', '.join(names)}."
+            )
+    return chosen
+
+
+def _prefixes(name: str) -> list[str]:
+    """The name and the names of the nodes above it, down to the root, which is ''."""
+    keys = name.split("/")
+    return ["/".join(keys[:n]) for n in range(len(keys), -1, -1)]
+
+
+def _fitting(quantizer: Quantizer, name: str, leaf: jax.Array) -> Quantizer:
+    """The quantiser, once it is known to take the leaf."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(
+            f"stam: mask chooses {name!r}, of dtype {leaf.dtype}; only floating-point leaves can be quantised."
+        )
+    try:
+        jax.eval_shape(quantizer.project, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    except ValueError as error:
+        raise ValueError(f"stam: the leaf {name!r} cannot be quantised: {error}") from error
+    return quantizer
+
+
+def assigned_quantizers(state: StamState) -> dict[str, Quantizer | None]:
+    """The quantiser of each leaf, by name."""
+    is_assigned = lambda node: isinstance(node, Assigned)
+    nodes, _ = jax.tree_util.tree_flatten_with_path(state.quantizers, is_leaf=is_assigned)
+    return {_trees.path_name(path): node.quantizer for path, node in nodes if is_assigned(node)}
+
+
+def _check_matching(updates: Any, params: Any, assigned: dict[str, Any]) -> None:
+    """Raise unless the three trees have leaves of the same names in the same order, and the same shapes."""
+    named_updates, named_params = _trees.named_leaves(updates), _trees.named_leaves(params)
+    for what, names in (("updates", named_updates), ("params", named_params)):
+        if list(names) != list(assigned):
+            missing = [name for name in assigned if name not in names]
+            extra = [name for name in names if name not in assigned]
+            raise ValueError(
+                f"stam: {what} do not match the parameters given to init: "
+                f"missing {missing or 'nothing'}, unexpected {extra or 'nothing'}."
+            )
+    for name, d in named_updates.items():
+        if jnp.shape(d) != jnp.shape(named_params[name]):
+            raise ValueError(
+                f"stam: the update of {name!r} has shape {jnp.shape(d)}, "
+                f"the parameter {jnp.shape(named_params[name])}."
+            )

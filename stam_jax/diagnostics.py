@@ -1,0 +1,71 @@
+"""Measures of how far a network is from its quantised one, and of how it gets there."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from stam_jax import _trees
+from stam_jax.hard import quantized_leaves
+
+
+def quantisation_gap(opt_state: Any, params: Any) -> jax.Array:
+    r"""The relative distance of the relaxed weights from the hard ones, $|x - y| / |y|$.
+
+    The norms run over all quantised leaves together, in float32 at least. 0 says that the network that is
+    trained is the one that is shipped.
+
+    Args:
+        opt_state: an optimiser state that holds states of `stam`; see `quantized_leaves`.
+        params: the parameters x it belongs to.
+
+    Returns:
+        A scalar of at least 0; 0 also where both norms are 0.
+
+    Raises:
+        ValueError: as `quantized_leaves`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from stam_jax import quantisation_gap, stam
+        >>> params = {"kernel": jnp.array([[3.0], [1.0]])}
+        >>> print(quantisation_gap(stam(0.1).init(params), params))
+        0.5
+    """
+    weights = _trees.named_leaves(params)
+    distance = norm = jnp.zeros([], jnp.float32)
+    for name, leaf in quantized_leaves(opt_state, params).items():
+        y = leaf.hard.astype(leaf.latent.dtype)
+        distance += jnp.sum(jnp.square(weights[name] - y))
+        norm += jnp.sum(jnp.square(y))
+    return jnp.where(distance == 0, 0.0, jnp.sqrt(distance / norm))
+
+
+def sign_flips(before: Any, after: Any) -> jax.Array:
+    r"""The share of weights whose sign differs between two trees, with $\mathrm{sign}(0) = +1$.
+
+    Args:
+        before: a tree of arrays, such as the quantised leaves of `hard_params` at one epoch.
+        after: a tree of the same structure and shapes, at a later one.
+
+    Returns:
+        A scalar in [0, 1]; 0 for trees without weights.
+
+    Raises:
+        ValueError: if the structures or shapes differ.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from stam_jax import sign_flips
+        >>> print(sign_flips([jnp.array([1.0, -1.0])], [jnp.array([1.0, 1.0])]))
+        0.5
+    """
+
+    def count(a: jax.Array, b: jax.Array) -> jax.Array:
+        if jnp.shape(a) != jnp.shape(b):
+            raise ValueError(f"sign_flips: the shapes {jnp.shape(a)} and {jnp.shape(b)} differ.")
+        return jnp.sum((jnp.asarray(a) >= 0) != (jnp.asarray(b) >= 0))
+
+    flips = jax.tree.leaves(jax.tree.map(count, before, after))
+    weights = sum(jnp.size(leaf) for leaf in jax.tree.leaves(after))
+    return jnp.asarray(sum(flips) / max(weights, 1), jnp.float32)

@@ -1,0 +1,111 @@
+"""The deliverable: the quantised weights, read from the optimiser state of a training run."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from stam_jax import _trees
+from stam_jax._transform import StamState, assigned_quantizers
+from stam_jax.quantizers import Quantizer
+
+
+class QuantizedLeaf(NamedTuple):
+    """One quantised leaf.
+
+    Args:
+        latent: the float block v, in float32 at least; the parameters themselves without inertia.
+        hard: its projection P_Q(v), in the dtype of the parameter.
+        quantizer: Q.
+    """
+
+    latent: jax.Array
+    hard: jax.Array
+    quantizer: Quantizer
+
+
+def quantized_leaves(opt_state: Any, params: Any) -> dict[str, QuantizedLeaf]:
+    """Every quantised leaf with its hard weights, by the name of its path.
+
+    Args:
+        opt_state: an optimiser state that holds one or more states of `stam`, however deep: in a chain,
+            a partition, `masked`, `MultiSteps`, `inject_hyperparams`, or a Flax NNX optimiser.
+        params: the parameters it belongs to; a whole tree, of which the states may cover a part each.
+
+    Returns:
+        A dictionary from names such as `"head/kernel"` to `QuantizedLeaf`, in the order of the parameters.
+
+    Raises:
+        ValueError: if there is no `StamState` in `opt_state`, if two of them hold the same leaf, or if one
+            holds a leaf that `params` lacks or has in another shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from stam_jax import quantized_leaves, stam
+        >>> params = {"kernel": jnp.array([[0.5, -2.0]]), "bias": jnp.zeros(2)}
+        >>> leaves = quantized_leaves(stam(0.1).init(params), params)
+        >>> for name, leaf in leaves.items():
+        ...     print(name, leaf.hard, leaf.quantizer.bits)
+        kernel [[ 0.5 -2. ]] 1
+    """
+    weights = _trees.named_leaves(params)
+    is_state = lambda node: isinstance(node, StamState)
+    states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
+    if not states:
+        raise ValueError("There is no StamState in opt_state: was it made by stam or one of its methods?")
+    found: dict[str, QuantizedLeaf] = {}
+    for state in states:
+        latents = None if state.latent is None else _trees.named_leaves(state.latent)
+        for name, quantizer in assigned_quantizers(state).items():
+            if quantizer is None:
+                continue
+            if name in found:
+                raise ValueError(f"Two states of stam hold the leaf {name!r}; one must leave it out.")
+            if name not in weights:
+                raise ValueError(
+                    f"opt_state holds the leaf {name!r}, which params lack; they hold {', '.join(weights)}."
+                )
+            x = weights[name]
+            latent = x if latents is None else latents[name]
+            if latent.shape != x.shape:
+                raise ValueError(
+                    f"The leaf {name!r} has shape {latent.shape} in opt_state and {x.shape} in params."
+                )
+            latent = jnp.asarray(latent, jnp.promote_types(x.dtype, jnp.float32))
+            hard = quantizer.project(latent).astype(x.dtype)
+            found[name] = QuantizedLeaf(latent=latent, hard=hard, quantizer=quantizer)
+    return {name: found[name] for name in weights if name in found}
+
+
+def hard_params(opt_state: Any, params: Any) -> Any:
+    r"""The quantised network: $P_Q(v)$ at every quantised leaf, the parameter itself elsewhere.
+
+    This is what to evaluate, save and ship. Every quantised leaf is projected afresh and so lies in Q
+    exactly, as `quantizer.contains` confirms: with `Binary` it is alpha times +1 or -1, with one alpha
+    per group. (The parameters themselves approach Q but round: never test or ship those as binary.) Networks
+    with batch normalisation want its statistics estimated anew at these weights.
+
+    Args:
+        opt_state: an optimiser state that holds one or more states of `stam`, however deep; see
+            `quantized_leaves`.
+        params: the parameters it belongs to.
+
+    Returns:
+        A tree like `params`.
+
+    Raises:
+        ValueError: as `quantized_leaves`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from stam_jax import hard_params, stam
+        >>> params = {"kernel": jnp.array([[1.0, -2.0], [-3.0, 0.0]]), "bias": jnp.array([0.3, 0.4])}
+        >>> state = stam(0.1).init(params)
+        >>> print(hard_params(state, params)["kernel"])
+        [[ 2. -1.]
+         [-2.  1.]]
+    """
+    leaves = quantized_leaves(opt_state, params)
+    return _trees.map_named(
+        lambda name, x: leaves[name].hard if name in leaves else x, params
+    )

@@ -1,0 +1,129 @@
+"""The field's methods as configurations of `stam`."""
+
+import math
+
+import optax
+
+from stam_jax import _numbers
+from stam_jax._numbers import ScalarOrSchedule
+from stam_jax._transform import Mask, stam
+from stam_jax.quantizers import Binary, Quantizer
+from stam_jax.regularizers import Box
+from stam_jax.relaxations import Hard, SquaredDistance
+
+
+def binary_connect(
+    learning_rate: ScalarOrSchedule,
+    *,
+    quantizer: Quantizer = Binary(scale=None),
+    clip: float | None = 1.0,
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""BinaryConnect: the network runs on the quantised weights, the gradients move clipped float ones.
+
+    $$w^+ = \mathrm{clip}(w - \eta d, -c, c), \qquad x^+ = P_Q(w^+).$$
+
+    It is `stam` with inertia 1, the hard relaxation, projection last, and the box as an exact constraint.
+    Where the scales are not 1, as with `Binary(scale="channel")`, this is the scheme of XNOR-Net and
+    BWN with exact scales.
+
+    Args:
+        learning_rate: the step size, a number or a schedule.
+        quantizer: the set Q; the paper's is {-1, +1}.
+        clip: half the width c of the box; None for no clipping.
+        mask: which leaves are quantised, as in `stam`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`, to stand last in a chain.
+
+    Raises:
+        ValueError, TypeError: as `stam`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from stam_jax import binary_connect, hard_params
+        >>> params = {"kernel": jnp.array([[0.2, -3.0]])}
+        >>> state = binary_connect(0.1).init(params)
+        >>> print(hard_params(state, params)["kernel"])
+        [[ 1. -1.]]
+
+    References:
+        Courbariaux et al., BinaryConnect, arXiv:1511.00363; Rastegari et al., XNOR-Net, arXiv:1603.05279.
+    """
+    return stam(
+        learning_rate,
+        quantizer=quantizer,
+        relaxation=Hard(),
+        regularizer=None if clip is None else Box(clip),
+        inertia=1.0,
+        project="last",
+        mask=mask,
+    )
+
+
+def binary_relax(
+    learning_rate: ScalarOrSchedule,
+    *,
+    growth_every: int,
+    hard_from: int,
+    strength: float = 1.0,
+    growth: float = 1.04,
+    quantizer: Quantizer = Binary(scale="tensor"),
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""BinaryRelax: the weights are drawn towards the quantised ones ever more strongly, then set to them.
+
+    $$w^+ = w - \eta d, \qquad x^+ = \frac{w^+ + \lambda_k P_Q(w^+)}{1 + \lambda_k},$$
+
+    where $\lambda_k$ grows by a factor every so many steps (phase I) and is infinite from step `hard_from`
+    on (phase II). It is `stam` with inertia 1, the squared-distance relaxation and projection last.
+
+    Args:
+        learning_rate: the step size, a number or a schedule.
+        growth_every: the steps between two growths of $\lambda$; the paper grows it each epoch.
+        hard_from: the step at which phase II begins; the paper's is at three quarters of the run.
+        strength: the first $\lambda$.
+        growth: the factor, at least 1.
+        quantizer: the set Q; the paper's has one scale per layer.
+        mask: which leaves are quantised, as in `stam`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`, to stand last in a chain.
+
+    Raises:
+        ValueError, TypeError: as `stam`; ValueError also for a `growth_every` below 1, a negative
+            `hard_from`, or a `growth` below 1.
+
+    Example:
+        >>> import optax
+        >>> from stam_jax import binary_relax
+        >>> steps_per_epoch, epochs = 390, 200
+        >>> optimizer = optax.chain(
+        ...     optax.trace(0.9),
+        ...     binary_relax(0.1, growth_every=steps_per_epoch, hard_from=150 * steps_per_epoch),
+        ... )
+
+    References:
+        Yin et al., BinaryRelax, arXiv:1801.06313.
+    """
+    if growth_every < 1:
+        raise ValueError(f"binary_relax: growth_every must be at least 1 step; got {growth_every!r}.")
+    if hard_from < 0:
+        raise ValueError(f"binary_relax: hard_from must be a step from 0; got {hard_from!r}.")
+    for name, value, low in (("strength", strength, 0.0), ("growth", growth, 1.0)):
+        _numbers.check("binary_relax", name, value, low=low, finite=True)
+    lam = optax.join_schedules(
+        [
+            optax.exponential_decay(strength, growth_every, growth, staircase=True),
+            optax.constant_schedule(math.inf),
+        ],
+        [hard_from],
+    )
+    return stam(
+        learning_rate,
+        quantizer=quantizer,
+        relaxation=SquaredDistance(lam),
+        inertia=1.0,
+        project="last",
+        mask=mask,
+    )

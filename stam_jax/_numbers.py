@@ -30,16 +30,12 @@ def check(
         return
     if isinstance(value, jax.Array):
         if value.ndim:
-            raise ValueError(
-                f"{where}: {name} must be {expected}; got an array of shape {value.shape}."
-            )
+            raise ValueError(f"{where}: {name} must be {expected}; got an array of shape {value.shape}.")
         return
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, np.ndarray)):
         raise TypeError(f"{where}: {name} must be {expected}; got {value!r}.")
     if np.ndim(value):
-        raise ValueError(
-            f"{where}: {name} must be {expected}; got an array of shape {np.shape(value)}."
-        )
+        raise ValueError(f"{where}: {name} must be {expected}; got an array of shape {np.shape(value)}.")
     number = float(value)
     if not low <= number <= high or (finite and math.isinf(number)):
         raise ValueError(f"{where}: {name} must be {expected}; got {number!r}.")

@@ -48,7 +48,7 @@ class StamState(NamedTuple):
 
 
 def _default_strength(count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
-    """lam = count / 1000: halfway from float to quantised after 1,000 steps, 99% after 100,000."""
+    """Lam = count / 1000: halfway from float to quantised after 1,000 steps, 99% after 100,000."""
     return count / 1000
 
 
@@ -140,9 +140,7 @@ def stam(
     if project not in ("first", "last"):
         raise ValueError(f"stam: project must be 'first' or 'last'; got {project!r}.")
     if penalty is not None and relaxation is not None:
-        raise ValueError(
-            "stam: give penalty (rho of the squared distance) or relaxation, not both."
-        )
+        raise ValueError("stam: give penalty (rho of the squared distance) or relaxation, not both.")
     if penalty is not None:
         _numbers.check("stam", "penalty", penalty)
     elif relaxation is None:
@@ -272,9 +270,7 @@ class _Step(NamedTuple):
             project=project,
         )
 
-    def advance(
-        self, quantizer: Quantizer, v: jax.Array, d: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def advance(self, quantizer: Quantizer, v: jax.Array, d: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x+ and v+ of one quantised leaf."""
         w = self.constrain(v, v - self.learning_rate * d.astype(v.dtype))
         y = quantizer.project(v if self.project == "first" else w)

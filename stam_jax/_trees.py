@@ -39,6 +39,4 @@ def named_leaves(tree: Any, *, holes: bool = False) -> dict[str, Any]:
 
 def map_named(function: Any, tree: Any) -> Any:
     """`jax.tree.map` for a function of a leaf's name and the leaf."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: function(path_name(path), leaf), tree
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(path_name(path), leaf), tree)

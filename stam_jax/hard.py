@@ -106,6 +106,4 @@ def hard_params(opt_state: Any, params: Any) -> Any:
          [-2.  1.]]
     """
     leaves = quantized_leaves(opt_state, params)
-    return _trees.map_named(
-        lambda name, x: leaves[name].hard if name in leaves else x, params
-    )
+    return _trees.map_named(lambda name, x: leaves[name].hard if name in leaves else x, params)

@@ -72,9 +72,7 @@ class Binary:
 
     def __post_init__(self):
         if self.scale not in ("tensor", "channel", None):
-            raise ValueError(
-                f"Binary: scale must be 'tensor', 'channel' or None; got {self.scale!r}."
-            )
+            raise ValueError(f"Binary: scale must be 'tensor', 'channel' or None; got {self.scale!r}.")
 
     def _shared_axes(self, v: jax.Array) -> tuple[int, ...]:
         """The axes along which weights share a scale."""

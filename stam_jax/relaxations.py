@@ -119,7 +119,5 @@ def from_penalty(
 
     `damping` is $\eta\tau$. An infinite penalty is the hard network, also at a step size of zero.
     """
-    lam = jnp.where(
-        jnp.isinf(penalty), math.inf, jnp.asarray(learning_rate) * penalty / (1 + damping)
-    )
+    lam = jnp.where(jnp.isinf(penalty), math.inf, jnp.asarray(learning_rate) * penalty / (1 + damping))
     return SquaredDistance(lam).at(0)

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from stam_jax import _trees
@@ -125,11 +124,11 @@ def select(
         ...     "head": {"kernel": jnp.ones((8, 10))},
         ... }
         >>> print(select(params, exclude="last"))
-        path         shape    weights  bits  why
-        -----------  -------  -------  ----  ----------------
-        conv/bias    8        float     256  rank 1
-        conv/kernel  3x3x1x8  binary     72  kernel of rank 4
-        head/kernel  8x10     float   2,560  exclude 'last'
+        path         shape    weights   bits  why
+        -----------  -------  -------  -----  ----------------
+        conv/bias    8        float      256  rank 1
+        conv/kernel  3x3x1x8  binary      72  kernel of rank 4
+        head/kernel  8x10     float    2,560  exclude 'last'
         72 of 160 weights in 1 of 3 leaves are binary.
     """
     leaves = _trees.named_leaves(params)
@@ -193,9 +192,7 @@ def _label(rule: Any) -> str:
     return getattr(rule, "__name__", repr(rule))
 
 
-def _matches(
-    rule: Rule, verb: str, leaves: dict[str, Any], kernels: dict[str, Any]
-) -> tuple[str, ...]:
+def _matches(rule: Rule, verb: str, leaves: dict[str, Any], kernels: dict[str, Any]) -> tuple[str, ...]:
     """The names of the leaves that one rule matches."""
     if not (isinstance(rule, str) or callable(rule)):
         raise TypeError(
@@ -203,9 +200,7 @@ def _matches(
         )
     if rule in ("first", "last"):
         if verb == "include":
-            raise ValueError(
-                f"select: {rule!r} works with exclude only; kernels are included already."
-            )
+            raise ValueError(f"select: {rule!r} works with exclude only; kernels are included already.")
         return (_end(rule, kernels),)
     if isinstance(rule, str):
         found = tuple(name for name in leaves if fnmatch.fnmatchcase(name, rule))

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -28,14 +28,14 @@ def check(
     expected = f"a number in {bound} or a schedule (step count -> number)"
     if callable(value):
         return
-    if isinstance(value, jax.Array):
-        if value.ndim:
-            raise ValueError(f"{where}: {name} must be {expected}; got an array of shape {value.shape}.")
-        return
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, np.ndarray)):
+    is_number = isinstance(value, (numbers.Real, np.ndarray, jax.Array))
+    if isinstance(value, bool) or not is_number:
         raise TypeError(f"{where}: {name} must be {expected}; got {value!r}.")
-    if np.ndim(value):
-        raise ValueError(f"{where}: {name} must be {expected}; got an array of shape {np.shape(value)}.")
+    shape = np.shape(cast(Any, value))
+    if shape:
+        raise ValueError(f"{where}: {name} must be {expected}; got an array of shape {shape}.")
+    if isinstance(value, jax.Array):
+        return
     number = float(value)
     if not low <= number <= high or (finite and math.isinf(number)):
         raise ValueError(f"{where}: {name} must be {expected}; got {number!r}.")

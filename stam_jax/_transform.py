@@ -145,9 +145,10 @@ def stam(
         _numbers.check("stam", "penalty", penalty)
     elif relaxation is None:
         relaxation = SquaredDistance(lam=_default_strength)
-    if regularizer is None and isinstance(regularizer_penalty, (int, float)):
-        if not math.isinf(regularizer_penalty):
-            raise ValueError("stam: regularizer_penalty needs a regularizer; got none.")
+    # `inject_hyperparams` hands over even the default as an array, so an array says nothing here.
+    is_known = callable(regularizer_penalty) or isinstance(regularizer_penalty, (int, float))
+    if regularizer is None and is_known and regularizer_penalty != math.inf:
+        raise ValueError("stam: regularizer_penalty needs a regularizer; got none.")
     _check_has("quantizer", quantizer, "bits", "project", "contains")
     if relaxation is not None:
         _check_has("relaxation", relaxation, "at")
@@ -174,9 +175,7 @@ def stam(
             )
         return StamState(jnp.zeros([], jnp.int32), latent, quantizers)
 
-    def update(
-        updates: Any, state: StamState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, StamState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, StamState]:
         del extra_args
         if params is None:
             raise ValueError("stam: update needs the parameters: update(updates, state, params).")
@@ -207,7 +206,7 @@ def stam(
             new_updates.append((new_x - wide).astype(x.dtype))
             new_latents.append(new_v.astype(v.dtype))
         return jax.tree.unflatten(structure, new_updates), StamState(
-            count=optax.safe_increment(state.count),
+            count=jnp.asarray(optax.safe_increment(state.count)),
             latent=jax.tree.unflatten(latent_structure, new_latents) if is_lazy else None,
             quantizers=state.quantizers,
         )
@@ -224,8 +223,8 @@ def _check_has(name: str, value: Any, *members: str) -> None:
 class _Step(NamedTuple):
     """One step's numbers, each worked out once for all leaves."""
 
-    learning_rate: jax.typing.ArrayLike
-    inertia: jax.typing.ArrayLike
+    learning_rate: Any
+    inertia: Any
     relax: RelaxationMap
     constrain: Callable[[jax.Array, jax.Array], jax.Array]
     project: str
@@ -320,7 +319,8 @@ def _fitting(quantizer: Quantizer, name: str, leaf: jax.Array) -> Quantizer:
     """The quantiser, once it is known to take the leaf."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(
-            f"stam: mask chooses {name!r}, of dtype {leaf.dtype}; only floating-point leaves can be quantised."
+            f"stam: mask chooses {name!r}, of dtype {leaf.dtype}; "
+            "only floating-point leaves can be quantised."
         )
     try:
         jax.eval_shape(quantizer.project, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))

@@ -8,7 +8,7 @@ A quantiser is any hashable object with
 """
 
 import dataclasses
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,10 @@ class Binary:
     scale: Literal["tensor", "channel"] | None = "channel"
     axis: int = -1
 
-    bits: ClassVar[int] = 1
+    @property
+    def bits(self) -> int:
+        """Bits that one weight takes: one, beside the scales."""
+        return 1
 
     def __post_init__(self):
         if self.scale not in ("tensor", "channel", None):

@@ -8,7 +8,7 @@ on the step alone is so worked out once, not for every leaf.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -112,9 +112,7 @@ class Hard:
         return lambda w, y: y
 
 
-def from_penalty(
-    penalty: jax.typing.ArrayLike, learning_rate: jax.typing.ArrayLike, damping: jax.typing.ArrayLike
-) -> RelaxationMap:
+def from_penalty(penalty: Any, learning_rate: Any, damping: Any) -> RelaxationMap:
     r"""The squared-distance map of the model's penalty, $\lambda = \eta\rho / (1 + \eta\tau)$.
 
     `damping` is $\eta\tau$. An infinite penalty is the hard network, also at a step size of zero.

@@ -1,0 +1,1 @@
+"""What the methods of `stam_jax` are worth: networks, data, training, tables and pictures."""

@@ -19,6 +19,8 @@ app = App(
     version_flags=[],
 )
 
+_TRAIN, _COMPARE = TrainSettings(), CompareSettings()
+
 
 def _console() -> Console:
     # Where nobody looks at a screen, as in a log, a table is not to be folded to 80 columns.
@@ -26,9 +28,7 @@ def _console() -> Console:
 
 
 @app.command
-def train(
-    settings: Annotated[TrainSettings, Parameter(name="*")] = TrainSettings(), *, output: Output = None
-) -> None:
+def train(settings: Annotated[TrainSettings, Parameter(name="*")] = _TRAIN, *, output: Output = None) -> None:
     """Train one network with one method."""
     from experiments import compare as comparison
 
@@ -37,7 +37,7 @@ def train(
 
 @app.command
 def compare(
-    settings: Annotated[CompareSettings, Parameter(name="*")] = CompareSettings(), *, output: Output = None
+    settings: Annotated[CompareSettings, Parameter(name="*")] = _COMPARE, *, output: Output = None
 ) -> None:
     """Train a network once with each method, and compare them in a table and a picture."""
     from experiments import compare as comparison

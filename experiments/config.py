@@ -1,20 +1,32 @@
 """Every setting of an experiment, typed, with its default and its bounds."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 from cyclopts.validators import Number
 
 Method = Literal["float", "binary_connect", "binary_relax", "stam"]
 DatasetName = Literal["digits"]
 ModelName = Literal["resnet8"]
 
-_AT_LEAST_1 = Parameter(validator=Number(gte=1))
-_AT_LEAST_0 = Parameter(validator=Number(gte=0))
-_POSITIVE = Parameter(validator=Number(gt=0))
+
+def _whole(kind: Any, tokens: Sequence[Token]) -> int:
+    """An int from its digits; Cyclopts itself would round 1.5 to 2."""
+    del kind
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f'"{tokens[0].value}" is not a whole number.') from None
+
+
+_COUNT = Parameter(converter=_whole, validator=Number(gte=1))
+_SEED = Parameter(converter=_whole, validator=Number(gte=0))
+_POSITIVE = Parameter(validator=Number(gt=0, lt=math.inf))
+_AT_LEAST_0 = Parameter(validator=Number(gte=0, lt=math.inf))
 _SHARE = Parameter(validator=Number(gte=0, lte=1))
 
 
@@ -30,11 +42,11 @@ class Settings:
     """Images to learn from."""
     model: ModelName = "resnet8"
     """Network to train."""
-    width: Annotated[int, _AT_LEAST_1] = 16
+    width: Annotated[int, _COUNT] = 16
     """Channels of the network's first stage."""
-    epochs: Annotated[int, _AT_LEAST_1] = 40
+    epochs: Annotated[int, _COUNT] = 40
     """Passes over the training images."""
-    batch_size: Annotated[int, _AT_LEAST_1] = 64
+    batch_size: Annotated[int, _COUNT] = 64
     """Images per step."""
     learning_rate: Annotated[float, _POSITIVE] = 0.1
     """Step size at the start; it falls to 0 along a cosine."""
@@ -50,7 +62,7 @@ class Settings:
     """Kernels to leave in float: "first", "last", or patterns of paths such as "blocks/0/*"."""
     hard_from: Annotated[float, _SHARE] = 0.75
     """Share of the run after which the relaxed methods train the binary network itself."""
-    calibration_images: Annotated[int, _AT_LEAST_1] = 5000
+    calibration_images: Annotated[int, _COUNT] = 5000
     """Training images (at most) on which batch-norm statistics are estimated for the binary network."""
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,7 +76,7 @@ class TrainSettings(Settings):
 
     method: Method = "stam"
     """How the binary weights are trained."""
-    seed: Annotated[int, _AT_LEAST_0] = 0
+    seed: Annotated[int, _SEED] = 0
     """Seed of the initial weights, the order of the images and their augmentation."""
 
 
@@ -79,9 +91,7 @@ class CompareSettings(Settings):
         "stam",
     )
     """Methods to train with."""
-    seeds: Annotated[
-        tuple[Annotated[int, _AT_LEAST_0], ...], Parameter(consume_multiple=True, negative="")
-    ] = (0,)
+    seeds: Annotated[tuple[Annotated[int, _SEED], ...], Parameter(consume_multiple=True, negative="")] = (0,)
     """Seeds, each a run per method."""
 
     def runs_of(self, method: Method) -> Sequence[TrainSettings]:

@@ -22,6 +22,10 @@ class Split(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
 
+    def at(self, indices: np.ndarray) -> "Split":
+        """The images of those indices, with their labels."""
+        return Split(self.images[indices], self.labels[indices])
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
@@ -76,8 +80,10 @@ def _digits() -> Dataset:
 
     def split(part: Split, size: int) -> tuple[Split, Split]:
         # The split never depends on a run's seed: all runs are judged by the same images.
-        parts = model_selection.train_test_split(*part, test_size=size, stratify=part.labels, random_state=0)
-        return Split(parts[0], parts[2]), Split(parts[1], parts[3])
+        kept, held_out = model_selection.train_test_split(
+            np.arange(len(part.labels)), test_size=size, stratify=part.labels, random_state=0
+        )
+        return part.at(np.asarray(kept)), part.at(np.asarray(held_out))
 
     rest, test = split(Split(images, labels), 450)
     train, validation = split(rest, 150)

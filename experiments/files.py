@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from stam_jax import QuantizedLeaf
+from stam_jax import Binary, QuantizedLeaf
 
 _SHAPE, _CODES, _SCALES = "#shape", "#codes", "#scales"
 
@@ -58,11 +58,16 @@ def save_packed(path: Path, arrays: dict[str, np.ndarray], leaves: dict[str, Qua
 
     Returns:
         The size of the file in bytes.
+
+    Raises:
+        TypeError: if a leaf is quantised otherwise than to binary.
     """
     packed = {}
     for name, array in arrays.items():
         if name in leaves:
             leaf = leaves[name]
+            if not isinstance(leaf.quantizer, Binary):
+                raise TypeError(f"{name}: only binary weights can be packed, not {leaf.quantizer}.")
             codes = np.asarray(leaf.quantizer.codes(leaf.latent))
             packed[name + _CODES] = np.packbits(codes)
             packed[name + _SCALES] = np.asarray(leaf.quantizer.scales(leaf.latent), np.float32)

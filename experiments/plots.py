@@ -38,8 +38,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Metrics]]) -> None:
     accuracy.set(title="Accuracy on validation images", ylim=(_floor(runs), 1.003))
     accuracy.plot([], [], color="grey", linestyle=":", label="as trained (relaxed)")
     gap.set(title="Quantisation gap |x - y| / |y|")
-    flips.set(title="Share of weights that changed sign in the epoch", yscale="symlog")
-    flips.set_yscale("symlog", linthresh=1e-3)
+    flips.set(title="Share of weights that change sign in an epoch")
     for axes in (accuracy, gap, flips):
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.25)

@@ -83,8 +83,8 @@ def read_settings(path: Path) -> TrainSettings:
     """
     try:
         values = read_json(path)
-        return TrainSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    except (OSError, TypeError, ValueError) as error:
+        return TrainSettings(**values | {"exclude": tuple(values["exclude"])})
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise SettingsError(f"{path} does not hold the settings of a run: {error}") from error
 
 

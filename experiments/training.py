@@ -101,7 +101,7 @@ class Trainer:
         state = State(params, stats, self.optimizer.init(params))
         key = jax.random.key(seed)
         train = jax.device_put(self.dataset.train)
-        signs = self._signs(state)
+        hard = self._hard_leaves(state)
         for epoch in range(self.settings.epochs):
             order_key, step_key = jax.random.split(jax.random.fold_in(key, epoch))
             order = np.asarray(jax.random.permutation(order_key, len(train.labels)))
@@ -110,13 +110,13 @@ class Trainer:
                 chosen = order[i * self.settings.batch_size : (i + 1) * self.settings.batch_size]
                 state, value = self._step(state, jax.random.fold_in(step_key, i), train, chosen)
                 losses.append(value)
-            before, signs = signs, self._signs(state)
+            before, hard = hard, self._hard_leaves(state)
             metrics = {
                 "epoch": epoch + 1,
                 "step": (epoch + 1) * self.steps_per_epoch,
                 "loss": float(np.mean(jax.device_get(losses))),
                 **self._validate(state),
-                "sign_flips": None if not signs else float(stam_jax.sign_flips(before, signs)),
+                "sign_flips": float(stam_jax.sign_flips(before, hard)) if hard else None,
                 "seconds": time.perf_counter() - start,
             }
             runs.append_metrics(folder / runs.METRICS, metrics)
@@ -143,12 +143,12 @@ class Trainer:
         """Whether nothing is quantised."""
         return self.settings.method == "float"
 
-    def _signs(self, state: State) -> dict[str, jax.Array]:
-        """The signs of the binary weights, as booleans."""
+    def _hard_leaves(self, state: State) -> dict[str, jax.Array]:
+        """The binary weights alone, by name."""
         if self.is_float:
             return {}
         leaves = stam_jax.quantized_leaves(state.opt_state, state.params)
-        return {name: leaf.hard >= 0 for name, leaf in leaves.items()}
+        return {name: leaf.hard for name, leaf in leaves.items()}
 
     def _validate(self, state: State) -> dict[str, Any]:
         """Accuracy on the validation images, of the relaxed and of the binary network, and their gap."""

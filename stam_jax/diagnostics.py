@@ -45,7 +45,7 @@ def sign_flips(before: Any, after: Any) -> jax.Array:
     r"""The share of weights whose sign differs between two trees, with $\mathrm{sign}(0) = +1$.
 
     Args:
-        before: a tree of arrays, such as the quantised leaves of `hard_params` at one epoch.
+        before: a tree of arrays of real numbers, such as the hard leaves of `quantized_leaves` at one epoch.
         after: a tree of the same structure and shapes, at a later one.
 
     Returns:
@@ -53,6 +53,7 @@ def sign_flips(before: Any, after: Any) -> jax.Array:
 
     Raises:
         ValueError: if the structures or shapes differ.
+        TypeError: for arrays that have no sign, such as booleans.
 
     Example:
         >>> import jax.numpy as jnp
@@ -64,6 +65,9 @@ def sign_flips(before: Any, after: Any) -> jax.Array:
     def count(a: jax.Array, b: jax.Array) -> jax.Array:
         if jnp.shape(a) != jnp.shape(b):
             raise ValueError(f"sign_flips: the shapes {jnp.shape(a)} and {jnp.shape(b)} differ.")
+        for dtype in (jnp.result_type(a), jnp.result_type(b)):
+            if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.signedinteger):
+                raise TypeError(f"sign_flips: arrays of dtype {dtype} have no sign.")
         return jnp.sum((jnp.asarray(a) >= 0) != (jnp.asarray(b) >= 0))
 
     flips = jax.tree.leaves(jax.tree.map(count, before, after))

@@ -47,9 +47,9 @@ class StamState(NamedTuple):
     quantizers: Any
 
 
-def _default_strength(count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
-    """Lam = count / 1000: halfway from float to quantised after 1,000 steps, 99% after 100,000."""
-    return count / 1000
+def _default_strength(count: jax.typing.ArrayLike) -> jax.Array:
+    """lam = 1.01^k: from halfway to 99.9% of the way in 700 steps; infinite, so hard, from about 8,900."""
+    return jnp.power(1.01, count)
 
 
 def stam(
@@ -93,7 +93,8 @@ def stam(
             a function from the step count (from 0) to a number.
         penalty: $\rho$, from 0 to infinity, of the squared-distance relaxation with
             $\lambda = \eta\rho/(1+\eta\tau)$. Give it or `relaxation`, not both. By default the relaxation
-            is the squared distance with $\lambda = k/1000$ at step k.
+            is the squared distance with $\lambda = 1.01^k$ at step k, which is all but hard after some 700
+            steps; a longer anneal, told in steps of your run, is mostly worth the line it takes.
         quantizer: the set Q and its projection.
         relaxation: the map from $(w^+, y^+)$ to $x^+$.
         regularizer: h; None for none.

@@ -1,4 +1,4 @@
-"""The command line: `train`, `compare` and `evaluate`."""
+"""The command line: `train`, `compare`, `evaluate` and `report`."""
 
 import json
 import sys
@@ -58,6 +58,22 @@ def evaluate(folder: Path) -> int:
 
     rows = comparison.evaluate(folder, _console())
     return 0 if all(row["same"] for row in rows) else 1
+
+
+@app.command
+def report(page: Path = Path("README.md")) -> None:
+    """Write the table of results of a page from the runs kept under experiments/results.
+
+    Parameters
+    ----------
+    page
+        Markdown page with the marks between which the table stands.
+    """
+    from experiments import report as reporting
+
+    if not page.is_file():
+        raise SettingsError(f"There is no page {page}.")
+    reporting.write(page)
 
 
 @app.meta.default

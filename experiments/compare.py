@@ -1,7 +1,7 @@
 """Several runs side by side: their folders, the table, the picture."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from experiments import data, plots, runs
 from experiments.config import CompareSettings, SettingsError, TrainSettings
 from experiments.training import Trainer
 
-Row = dict[str, Any]
+Row = Mapping[str, Any]
 
 
 def train(settings: TrainSettings, output: Path | None, console: Console) -> list[Row]:
@@ -102,10 +102,8 @@ def _note(metrics: Row) -> str:
 
 def print_results(rows: Sequence[Row], console: Console) -> None:
     """The table of results: a line per method, the mean over its seeds and the standard deviation."""
-    by_method: dict[str, list[Row]] = {}
-    for row in rows:
-        by_method.setdefault(row["method"], []).append(row)
-    seeds = max(len(group) for group in by_method.values())
+    groups = by_method(rows)
+    seeds = max(len(group) for group in groups.values())
     spread = f"; mean and standard deviation over {seeds} seeds" if seeds > 1 else ""
     table = Table(
         title=f"Accuracy in % on the test images, looked at once{spread}",
@@ -123,12 +121,12 @@ def print_results(rows: Sequence[Row], console: Console) -> None:
         "seconds",
     ):
         table.add_column(title, justify="right")
-    for method, group in by_method.items():
+    for method, group in groups.items():
         table.add_row(
             method,
-            _percent(group, "hard_accuracy"),
-            _percent(group, "hard_accuracy_running_statistics"),
-            _percent(group, "relaxed_accuracy"),
+            percent(group, "hard_accuracy"),
+            percent(group, "hard_accuracy_running_statistics"),
+            percent(group, "relaxed_accuracy"),
             f"{group[0]['binary_share']:.1%}",
             f"{group[0]['bytes_float']:,}",
             "-" if group[0]["bytes_packed"] is None else f"{group[0]['bytes_packed']:,}",
@@ -142,7 +140,16 @@ def print_results(rows: Sequence[Row], console: Console) -> None:
     )
 
 
-def _percent(group: Sequence[Row], name: str) -> str:
+def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each method."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["method"], []).append(row)
+    return groups
+
+
+def percent(group: Sequence[Row], name: str) -> str:
+    """A share in per cent, over the rows of one method: its mean, and its standard deviation."""
     values = [100 * row[name] for row in group if row[name] is not None]
     if not values:
         return "-"

@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -28,6 +29,7 @@ def create(folder: Path | None, command: str, settings: Settings) -> Path:
     if folder is None:
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         folder = Path("runs") / f"{now}-{command}-{settings.dataset}"
+    surroundings = environment()  # Before the folder changes what git says.
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -35,24 +37,32 @@ def create(folder: Path | None, command: str, settings: Settings) -> Path:
     except OSError as error:
         raise SettingsError(f"--output: cannot use {folder}: {error.strerror}.") from error
     write_json(folder / CONFIG, settings.as_dict())
-    write_json(folder / ENVIRONMENT, environment())
+    write_json(folder / ENVIRONMENT, surroundings)
     return folder
 
 
 def environment() -> dict[str, Any]:
-    """The command, the versions of Python and the packages, the devices, and the state of git."""
+    """The arguments, the versions of Python and the packages, the devices, and the state of git."""
     packages = ("stam-jax", "jax", "jaxlib", "optax", "flax", "numpy", "scikit-learn")
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "arguments": sys.argv[1:],
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "platform": platform.platform(),
-        "devices": [f"{device.platform} {device.device_kind}" for device in jax.devices()],
+        "machine": _machine(),
         "git": {
             "commit": _git("rev-parse", "HEAD"),
             "changed": (_git("status", "--porcelain") or "").splitlines(),
         },
     }
+
+
+def _machine() -> str:
+    """What computes, in words."""
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    if jax.default_backend() == "cpu":
+        return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    return f"{count} x {kind}"
 
 
 def _git(*arguments: str) -> str | None:

@@ -1,0 +1,74 @@
+"""The README's table of results, written from the kept runs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments import runs
+from experiments.compare import by_method, percent
+from experiments.config import SettingsError
+
+ROOT = Path(__file__).parent.parent
+_BEGIN = "<!-- results: begin (written by `python -m experiments report`) -->"
+_END = "<!-- results: end -->"
+
+
+def updated(text: str, results: Path = ROOT / "experiments" / "results") -> str:
+    """A page with the part between its two marks written anew.
+
+    Args:
+        text: the page.
+        results: a folder of folders of `compare` runs.
+
+    Raises:
+        SettingsError: if the page lacks the marks.
+    """
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not (begin and end):
+        raise SettingsError(f"The page holds no part from {_BEGIN!r} to {_END!r}.")
+    parts = [_section(path.parent) for path in sorted(results.glob(f"*/{runs.RESULT}"))]
+    return before + "\n\n".join([begin, *parts, end]) + after
+
+
+def _section(folder: Path) -> str:
+    """One comparison: what was run on what, the table and the picture."""
+    rows = runs.read_json(folder / runs.RESULT)
+    settings = runs.read_json(folder / runs.CONFIG)
+    environment = runs.read_json(folder / runs.ENVIRONMENT)
+    groups = by_method(rows)
+    place = folder.relative_to(ROOT).as_posix()
+    lines = [
+        f"**{settings['model']} on {settings['dataset']}**, {settings['epochs']} epochs, batches of "
+        f"{settings['batch_size']}; test images, looked at once, after the last epoch; mean and standard "
+        f"deviation over seeds {', '.join(map(str, settings['seeds']))}; {environment['machine']}, "
+        f"jax {environment['packages']['jax']}. `python -m experiments compare --config "
+        f"{place}/{runs.CONFIG}`:",
+        "",
+        "| method | binary network, % | as trained (relaxed), % | binary weights | bytes, float "
+        "| bytes, packed | s per run |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+        *(_line(method, group) for method, group in groups.items()),
+    ]
+    if (folder / runs.CURVES).is_file():
+        lines += ["", f"![Accuracy, gap and sign flips over the epochs]({place}/{runs.CURVES})"]
+    return "\n".join(lines)
+
+
+def _line(method: str, group: list[Mapping[str, Any]]) -> str:
+    packed = group[0]["bytes_packed"]
+    cells = (
+        method,
+        percent(group, "hard_accuracy"),
+        percent(group, "relaxed_accuracy"),
+        f"{group[0]['binary_share']:.1%}",
+        f"{group[0]['bytes_float']:,}",
+        "-" if packed is None else f"{packed:,}",
+        f"{sum(row['seconds'] for row in group) / len(group):.0f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def write(page: Path) -> None:
+    """Write a page's table anew, in place."""
+    page.write_text(updated(page.read_text()))

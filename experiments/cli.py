@@ -12,13 +12,6 @@ from rich.console import Console
 
 from experiments.config import CompareSettings, Output, SettingsError, TrainSettings
 
-app = App(
-    name="python -m experiments",
-    help="Train networks with binary weights and see how the methods compare.",
-    help_on_error=False,
-    version_flags=[],
-)
-
 _TRAIN, _COMPARE = TrainSettings(), CompareSettings()
 
 
@@ -27,7 +20,6 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 140)
 
 
-@app.command
 def train(settings: Annotated[TrainSettings, Parameter(name="*")] = _TRAIN, *, output: Output = None) -> None:
     """Train one network with one method."""
     from experiments import compare as comparison
@@ -35,7 +27,6 @@ def train(settings: Annotated[TrainSettings, Parameter(name="*")] = _TRAIN, *, o
     comparison.train(settings, output, _console())
 
 
-@app.command
 def compare(
     settings: Annotated[CompareSettings, Parameter(name="*")] = _COMPARE, *, output: Output = None
 ) -> None:
@@ -45,7 +36,6 @@ def compare(
     comparison.compare(settings, output, _console())
 
 
-@app.command
 def evaluate(folder: Path) -> int:
     """Measure the packed binary networks of a run anew, from their files alone.
 
@@ -60,7 +50,6 @@ def evaluate(folder: Path) -> int:
     return 0 if all(row["same"] for row in rows) else 1
 
 
-@app.command
 def report(page: Path = Path("README.md")) -> None:
     """Write the table of results of a page from the runs kept under experiments/results.
 
@@ -76,29 +65,45 @@ def report(page: Path = Path("README.md")) -> None:
     reporting.write(page)
 
 
-@app.meta.default
-def _launch(
-    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-    config: Annotated[
-        Path | None,
-        Parameter(help="JSON file of settings, such as a run's config.json; options override it."),
-    ] = None,
-) -> int:
-    if config is not None:
-        try:
-            json.loads(config.read_text())
-        except (OSError, ValueError) as error:
-            raise SettingsError(f"--config: cannot read {config}: {error}") from error
-        app.config = (cyclopts_config.Json(config, must_exist=True, use_commands_as_keys=False),)
-    else:
-        app.config = ()
-    return app(tokens, exit_on_error=False, print_error=False, result_action="return_value") or 0
+def _application() -> App:
+    """The parser of the commands behind the one of `--config`."""
+    app = App(
+        name="python -m experiments",
+        help="Train networks with binary weights and see how the methods compare.",
+        version_flags=[],
+    )
+    for command in (train, compare, evaluate, report):
+        app.command(command)
+
+    @app.meta.default
+    def launch(
+        *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+        config: Annotated[
+            Path | None,
+            Parameter(help="JSON file of settings, such as a run's config.json; options override it."),
+        ] = None,
+    ) -> int:
+        if config is not None:
+            try:
+                json.loads(config.read_text())
+            except (OSError, ValueError) as error:
+                raise SettingsError(f"--config: cannot read {config}: {error}") from error
+            app.config = (cyclopts_config.Json(config, must_exist=True, use_commands_as_keys=False),)
+        return _call(app, tokens)
+
+    return app.meta
+
+
+def _call(app: App, arguments: Sequence[str] | None) -> int:
+    """Run a command; raise its errors; return its exit code."""
+    code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    return code or 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 2 for a wrong setting, told in one line."""
     try:
-        return app.meta(arguments, exit_on_error=False, print_error=False, result_action="return_value") or 0
+        return _call(_application(), arguments)
     except (CycloptsError, SettingsError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

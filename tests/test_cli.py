@@ -1,0 +1,186 @@
+"""The command line, driven as a user drives it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from experiments.cli import main
+
+ROOT = Path(__file__).parent.parent
+TINY = ("--epochs", "2", "--width", "2", "--batch-size", "128")
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m experiments` in a folder of its own."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "experiments", *arguments],
+        cwd=folder,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a tiny comparison, and what it printed."""
+    folder = tmp_path_factory.mktemp("compare")
+    done = run(folder, "compare", *TINY, "--methods", "float", "stam", "--seeds", "0", "1")
+    assert done.returncode == 0, done.stderr
+    (only,) = (folder / "runs").iterdir()
+    return only, done.stdout
+
+
+def test_compare_prints_one_table_and_where_the_files_are(comparison):
+    folder, printed = comparison
+    lines = printed.splitlines()
+    assert [line.split()[0] for line in lines if "99." not in line and " - " in line][:1] == ["float"]
+    for words in ("hard", "relaxed", "binary", "packed", "seconds", "over 2 seeds"):
+        assert words in printed
+    for name in ("curves.png", "result.json"):
+        assert lines[-2 if name == "curves.png" else -1].endswith(f"runs/{folder.name}/{name}")
+        assert (folder / name).is_file()
+
+
+def test_compare_leaves_a_row_per_run_and_a_line_per_epoch(comparison):
+    folder, _ = comparison
+    rows = json.loads((folder / "result.json").read_text())
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("float", 0), ("float", 1), ("stam", 0), ("stam", 1),
+    ]  # fmt: skip
+    for row in rows:
+        place = folder / f"{row['method']}-seed{row['seed']}"
+        assert row["bytes_float"] == (place / "relaxed.safetensors").stat().st_size
+        lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        assert [line["epoch"] for line in lines] == [1, 2]
+        assert 0 <= row["relaxed_accuracy"] <= 1
+        if row["method"] == "stam":
+            assert row["bytes_packed"] == (place / "packed.safetensors").stat().st_size
+            assert row["bytes_packed"] < row["bytes_float"]
+            assert row["binary_share"] > 0.9
+            assert lines[0]["sign_flips"] > 0
+            assert lines[0]["quantisation_gap"] > lines[1]["quantisation_gap"]
+        else:
+            assert row["hard_accuracy"] is None
+
+
+def test_every_run_says_what_it_was_run_with(comparison):
+    folder, _ = comparison
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["arguments"][0] == "compare"
+    assert {"jax", "optax", "flax", "stam-jax"} <= environment["packages"].keys()
+    assert {"commit", "changed"} == environment["git"].keys()
+    config = json.loads((folder / "stam-seed1" / "config.json").read_text())
+    assert (config["method"], config["seed"], config["epochs"]) == ("stam", 1, 2)
+
+
+def test_a_config_repeats_its_run_to_the_last_bit(comparison, tmp_path):
+    folder, _ = comparison
+    before = folder / "stam-seed1"
+    done = run(tmp_path, "train", "--config", str(before / "config.json"), "--output", "again")
+    assert done.returncode == 0, done.stderr
+    for name in ("relaxed.safetensors", "packed.safetensors"):
+        first, second = load_file(before / name), load_file(tmp_path / "again" / name)
+        assert {k: v.tobytes() for k, v in first.items()} == {k: v.tobytes() for k, v in second.items()}
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again == json.loads((before / "config.json").read_text())
+
+
+def test_other_seeds_give_other_networks(comparison):
+    folder, _ = comparison
+    first, second = (load_file(folder / f"stam-seed{i}" / "relaxed.safetensors") for i in (0, 1))
+    assert any(first[name].tobytes() != second[name].tobytes() for name in first)
+
+
+def test_evaluate_finds_the_recorded_accuracy_in_the_packed_files(comparison, capsys):
+    folder, _ = comparison
+    assert main(["evaluate", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("the same") == 2
+    assert "float" not in printed
+
+
+def test_evaluate_says_when_a_file_does_not_do_as_it_did(comparison, tmp_path, capsys):
+    folder, _ = comparison
+    for path in (folder / "stam-seed0").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    rows = json.loads((tmp_path / "result.json").read_text())
+    rows[0]["hard_accuracy"] += 0.01
+    (tmp_path / "result.json").write_text(json.dumps(rows))
+    assert main(["evaluate", str(tmp_path)]) == 1
+    assert "differs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--epochs", "0"], '"0" for --epochs'),
+        (["train", "--epochs", "1.5"], '"1.5" is not a whole number'),
+        (["train", "--learning-rate", "-1"], '"-1.0" for --learning-rate'),
+        (["train", "--learning-rate", "nan"], '"nan" for --learning-rate'),
+        (["train", "--hard-from", "1.5"], '"1.5" for --hard-from'),
+        (["train", "--method", "magic"], '"float", "binary_connect", "binary_relax", "stam"'),
+        (["train", "--dataset", "imagenet"], '"digits"'),
+        (["train", "--methd", "stam"], "Did you mean --method?"),
+        (["train", "--batch-size", "5000"], "--batch-size: 5000 images are more than the 1197"),
+        (["train", "--exclude", "nowhere/*"], "'nowhere/*' matches no leaf"),
+        (["train", "--config", "missing.json"], "--config: cannot read missing.json"),
+        (["compare", "--methods", "stam", "stam"], "--methods: give at least one, and none twice"),
+        (["compare", "--seeds", "0", "-1"], '"-1" for --seeds'),
+        (["evaluate", "missing"], "missing is not the folder of a run"),
+        (["evaluate"], "requires an argument"),
+        (["report", "missing.md"], "There is no page missing.md"),
+        (["frobnicate"], "train, compare, evaluate, report"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_setting_gets_one_clear_line_and_writes_nothing(
+    arguments, said, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("contents", ["no json", '{"epochs": 0}', '{"epoch": 3}', "[1]"])
+def test_a_wrong_config_gets_one_clear_line_and_writes_nothing(contents, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text(contents)
+    assert main(["train", "--config", "config.json"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_options_win_over_the_config(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text('{"epochs": 3, "batch_size": 100}')
+    assert main(["train", "--config", "config.json", "--batch-size", "5000"]) == 2
+    assert "5000 images" in capsys.readouterr().err
+
+
+def test_results_are_never_written_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("full").mkdir()
+    Path("full/precious.txt").write_text("precious")
+    assert main(["train", "--output", "full"]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    Path("file").write_text("a file")
+    assert main(["train", "--output", "file"]) == 2
+    assert "cannot use file" in capsys.readouterr().err
+
+
+def test_the_exit_code_reaches_the_shell_and_help_is_for_everyone(tmp_path):
+    assert run(tmp_path, "train", "--epochs", "0").returncode == 2
+    helped = run(tmp_path, "train", "--help")
+    assert helped.returncode == 0
+    assert "--learning-rate" in helped.stdout
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,273 @@
+"""The parts of the experiments: images, networks, evaluation, files, the picture and the report."""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from sklearn.datasets import load_digits
+
+import stam_jax
+from experiments import data, evaluation, files, models, optimizers, plots, report
+from experiments.config import SettingsError, TrainSettings
+from experiments.training import Trainer
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Dataset:
+    return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def network(digits: data.Dataset) -> nnx.Module:
+    return models.build("resnet8", digits, width=4, seed=0)
+
+
+def rows(images: np.ndarray) -> list[bytes]:
+    return sorted(image.tobytes() for image in images)
+
+
+def test_the_three_splits_are_the_digits_of_scikit_learn_each_once(digits):
+    parts = (digits.train, digits.validation, digits.test)
+    assert [len(part.labels) for part in parts] == [1197, 150, 450]
+    everything = np.asarray(load_digits(return_X_y=True)[0]).astype(np.uint8)
+    assert rows(np.concatenate([part.images for part in parts])) == rows(everything)
+
+
+def test_every_split_holds_every_class_in_proportion(digits):
+    for part in (digits.train, digits.validation, digits.test):
+        shares = np.bincount(part.labels, minlength=10) / len(part.labels)
+        assert np.all(np.abs(shares - 0.1) < 0.01)
+
+
+def test_the_split_is_the_same_each_time(digits):
+    np.testing.assert_array_equal(digits.test.images, data.load("digits").test.images)
+
+
+def test_augmentation_shifts_each_image_and_fills_up_with_zeros(digits):
+    images = digits.train.images[:64]
+    moved = np.asarray(digits.augment(jax.random.key(0), jnp.asarray(images)))
+    assert moved.dtype == np.uint8
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    seen = set()
+    for i in range(len(images)):
+        shifts = {
+            (r, c)
+            for r in range(3)
+            for c in range(3)
+            if np.array_equal(moved[i], padded[i, r : r + 8, c : c + 8])
+        }
+        assert shifts
+        seen |= shifts
+    assert len(seen) == 9
+
+
+def test_augmentation_mirrors_only_where_asked(digits):
+    images = jnp.asarray(digits.train.images[:64])
+    still = data.Dataset(**{**vars(digits), "shift": 0})
+    np.testing.assert_array_equal(still.augment(jax.random.key(0), images), images)
+    mirroring = data.Dataset(**{**vars(still), "flip": True})
+    moved = np.asarray(mirroring.augment(jax.random.key(0), images))
+    same = np.all(moved == np.asarray(images), axis=(1, 2, 3))
+    mirrored = np.all(moved == np.asarray(images)[:, :, ::-1], axis=(1, 2, 3))
+    assert np.all(same | mirrored)
+    assert 10 < np.sum(mirrored) < 54
+
+
+def test_resnet8_has_the_parameters_of_its_eight_layers(digits):
+    params = nnx.state(models.build("resnet8", digits, width=16, seed=0), nnx.Param)
+    sizes = {name: array.size for name, array in files.to_arrays(params).items()}
+    kernels = sum(size for name, size in sizes.items() if name.endswith("kernel"))
+    # 3x3: stem, two convolutions per stage; 1x1: the two shortcuts; the head.
+    assert (
+        kernels
+        == 9 * (1 * 16 + 2 * 16 * 16 + 16 * 32 + 32 * 32 + 32 * 64 + 64 * 64) + (16 * 32 + 32 * 64) + 64 * 10
+    )
+    assert sum(sizes.values()) - kernels == 2 * (3 * 16 + 3 * 32 + 3 * 64) + 10
+
+
+def test_every_kernel_is_binary_and_nothing_else(network):
+    selection = optimizers.choose(nnx.state(network, nnx.Param), TrainSettings())
+    for row in selection.rows:
+        assert row.quantized == row.path.endswith("kernel"), row
+
+
+def test_first_and_last_are_the_stem_and_the_head(network):
+    settings = TrainSettings(exclude=("first", "last"))
+    selection = optimizers.choose(nnx.state(network, nnx.Param), settings)
+    kept = {row.path for row in selection.rows if row.path.endswith("kernel") and not row.quantized}
+    assert kept == {"stem/conv/kernel", "head/kernel"}
+
+
+def test_batch_statistics_are_the_mean_and_variance_of_training_features(digits, network):
+    graph, params, stats = nnx.split(network, nnx.Param, nnx.BatchStat)
+    new = evaluation.batch_statistics(graph, params, stats, digits.train, images=700, batch_size=300)
+    stem: Any = network
+    means, variances = [], []
+    for start in (0, 300):  # Two whole batches fit into 700 images.
+        pixels = digits.train.images[start : start + 300].astype(np.float32)
+        standard = (pixels - np.asarray(stem.mean, np.float32)) / np.asarray(stem.deviation, np.float32)
+        features = np.asarray(stem.stem.conv(standard), np.float64)
+        means.append(features.mean(axis=(0, 1, 2)))
+        variances.append(features.var(axis=(0, 1, 2)))
+    arrays = files.to_arrays(new)
+    np.testing.assert_allclose(arrays["stem/norm/mean"], np.mean(means, axis=0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(arrays["stem/norm/var"], np.mean(variances, axis=0), rtol=1e-4)
+
+
+def test_evaluation_leaves_the_network_as_it_was(digits, network):
+    graph, params, stats = nnx.split(network, nnx.Param, nnx.BatchStat)
+    before = files.to_arrays(stats)
+    evaluation.batch_statistics(graph, params, stats, digits.train, images=64, batch_size=64)
+    evaluation.accuracy(graph, params, stats, digits.validation)
+    for name, array in files.to_arrays(stats).items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_accuracy_counts_every_image_once_across_batches(digits, network):
+    graph, params, stats = nnx.split(network, nnx.Param, nnx.BatchStat)
+    model: Any = network
+    logits = np.asarray(model(jnp.asarray(digits.train.images)))
+    expected = np.mean(np.argmax(logits, axis=-1) == digits.train.labels)
+    assert len(digits.train.labels) > 2 * 500
+    assert evaluation.accuracy(graph, params, stats, digits.train) == expected
+
+
+def test_hard_weights_that_are_not_binary_are_refused(network):
+    class Liar(stam_jax.Binary):
+        def project(self, v: jax.Array) -> jax.Array:
+            return v
+
+    params = nnx.state(network, nnx.Param)
+    state = stam_jax.stam(0.1, quantizer=Liar()).init(params)
+    with pytest.raises(AssertionError, match="is not binary"):
+        evaluation.checked_hard_params(state, params)
+
+
+@pytest.mark.parametrize("scale", ["channel", "tensor", None])
+def test_packed_files_give_back_every_bit(tmp_path, network, scale):
+    params = nnx.state(network, nnx.Param)
+    state = stam_jax.stam(0.1, quantizer=stam_jax.Binary(scale=scale)).init(params)
+    arrays = files.to_arrays(stam_jax.hard_params(state, params))
+    leaves = stam_jax.quantized_leaves(state, params)
+    size = files.save_packed(tmp_path / "packed", arrays, leaves)
+    assert size == (tmp_path / "packed").stat().st_size
+    back = files.load_packed(tmp_path / "packed")
+    assert back.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(back[name], array)
+        assert back[name].dtype == array.dtype
+    assert files.binary_weights(tmp_path / "packed") == {
+        name: arrays[name].size for name in arrays if name.endswith("kernel")
+    }
+
+
+def test_a_packed_file_of_a_wide_network_is_close_to_a_bit_per_weight(tmp_path):
+    params = {"kernel": jax.random.normal(jax.random.key(0), (1000, 800))}
+    state = stam_jax.stam(0.1).init(params)
+    size = files.save_packed(
+        tmp_path / "packed",
+        files.to_arrays(stam_jax.hard_params(state, params)),
+        stam_jax.quantized_leaves(state, params),
+    )
+    assert 800_000 / 8 < size < 800_000 / 8 + 800 * 4 + 500
+
+
+def test_packing_refuses_what_is_not_binary(tmp_path):
+    class Thirds:
+        bits = 2
+
+        def project(self, v: jax.Array) -> jax.Array:
+            return jnp.round(v * 3) / 3
+
+        def contains(self, y: jax.Array) -> jax.Array:
+            return jnp.all(y == self.project(y))
+
+    params = {"kernel": jnp.ones((2, 2))}
+    state = stam_jax.stam(0.1, quantizer=Thirds()).init(params)
+    leaves = stam_jax.quantized_leaves(state, params)
+    with pytest.raises(TypeError, match="kernel: only binary weights can be packed"):
+        files.save_packed(tmp_path / "packed", files.to_arrays(params), leaves)
+
+
+def test_state_is_not_filled_from_arrays_that_do_not_fit(network):
+    params = nnx.state(network, nnx.Param)
+    arrays = files.to_arrays(params)
+    with pytest.raises(ValueError, match=r"head/bias .* is missing"):
+        files.from_arrays({k: v for k, v in arrays.items() if k != "head/bias"}, params)
+    with pytest.raises(ValueError, match=r"head/bias should have shape \(10,\) but is of shape \(9,\)"):
+        files.from_arrays(arrays | {"head/bias": np.zeros(9)}, params)
+
+
+@pytest.mark.parametrize("method", ["binary_connect", "binary_relax", "stam"])
+def test_each_method_ends_at_its_binary_network(digits, method):
+    """The relaxed weights of the last step are hard ones: nothing is left to round."""
+    settings = TrainSettings(method=method)
+    params = {"kernel": jax.random.normal(jax.random.key(1), (8, 4))}
+    selection = stam_jax.select(params)
+    optimizer = optimizers.build(settings, selection, steps=100, epoch=10)
+    state = optimizer.init(params)
+    gradient = {"kernel": jnp.full((8, 4), 1e-3)}
+    gap = []
+    for _ in range(100):
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        gap.append(float(stam_jax.quantisation_gap(state, params)))
+    assert gap[-1] < 1e-3
+    if method != "binary_connect":
+        assert gap[10] > 0.05
+
+
+def test_settings_that_cannot_work_are_refused_before_training(digits):
+    with pytest.raises(SettingsError, match="--batch-size: 1198 images are more than the 1197"):
+        Trainer(TrainSettings(batch_size=1198), digits)
+    with pytest.raises(SettingsError, match=r"--exclude: .*'nowhere' matches no leaf"):
+        Trainer(TrainSettings(exclude=("nowhere",)), digits)
+
+
+def test_the_picture_is_drawn_for_float_and_binary_runs(tmp_path):
+    def metrics(hard: float | None) -> list[dict[str, Any]]:
+        return [
+            {
+                "epoch": epoch,
+                "relaxed_accuracy": 0.9,
+                "hard_accuracy": hard,
+                "quantisation_gap": None if hard is None else 0.5,
+                "sign_flips": None if hard is None else 0.1,
+            }
+            for epoch in (1, 2)
+        ]
+
+    plots.curves(tmp_path / "curves.png", {"float": [metrics(None)], "stam": [metrics(0.8)] * 2})
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_says_mean_and_deviation_of_the_kept_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    folder = tmp_path / "results" / "one"
+    folder.mkdir(parents=True)
+    common = {"binary_share": 0.5, "bytes_float": 1000, "bytes_packed": 100, "seconds": 2.0}
+    rows = [
+        {"method": "stam", "hard_accuracy": hard, "relaxed_accuracy": 0.9, **common} for hard in (0.8, 0.9)
+    ]
+    contents = {
+        "result.json": rows,
+        "config.json": {
+            "model": "resnet8", "dataset": "digits", "epochs": 3, "batch_size": 64, "seeds": [0, 1]
+        },
+        "environment.json": {"machine": "2 CPU cores", "packages": {"jax": "0.10"}},
+    }  # fmt: skip
+    for name, value in contents.items():
+        (folder / name).write_text(json.dumps(value))
+    page = "before\n" + report._BEGIN + "\nold\n" + report._END + "\nafter"
+    text = report.updated(page, tmp_path / "results")
+    assert "| stam | 85.00 ± 7.07 | 90.00 ± 0.00 | 50.0% | 1,000 | 100 | 2 |" in text
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter")
+    with pytest.raises(SettingsError, match="holds no part"):
+        report.updated("a page without marks", tmp_path / "results")

@@ -48,7 +48,7 @@ class StamState(NamedTuple):
 
 
 def _default_strength(count: jax.typing.ArrayLike) -> jax.Array:
-    """lam = 1.01^k: from halfway to 99.9% of the way in 700 steps; infinite, so hard, from about 8,900."""
+    """The strength 1.01^k: from halfway to 99.9% of the way in 700 steps; then hard."""
     return jnp.power(1.01, count)
 
 

@@ -250,13 +250,12 @@ class _Step(NamedTuple):
         damping = jnp.where(exact, 0.0, eta * jnp.where(exact, 0.0, tau))
 
         def constrain(v: jax.Array, forward: jax.Array) -> jax.Array:
-            """w+ from v and v - eta d: the mean of v - eta d and z+, weighted by tau."""
+            """The float block w+ from v and v - eta d: the mean of v - eta d and z+, weighted by tau."""
             if regularizer is None:
                 return forward
             step = jnp.where(exact, eta, 1 / jnp.maximum(tau, jnp.finfo(jnp.float32).tiny))
             z = regularizer.prox(jnp.where(exact, forward, v), step)
-            share = jnp.where(exact, 1.0, damping / (1 + damping))
-            return (1 - share) * forward + share * z
+            return jnp.where(exact, z, (forward + damping * z) / (1 + damping))
 
         if relaxation is not None:
             relax = relaxation.at(count)
@@ -275,6 +274,8 @@ class _Step(NamedTuple):
         w = self.constrain(v, v - self.learning_rate * d.astype(v.dtype))
         y = quantizer.project(v if self.project == "first" else w)
         x = self.relax(w, y)
+        if isinstance(self.inertia, (int, float)) and self.inertia == 1:
+            return x, w  # The blend below would come to that, at the price of computing x once more.
         # The same as x + kappa (w - x), but exact at kappa = 0 and 1.
         return x, (1 - self.inertia) * x + self.inertia * w
 

@@ -55,7 +55,8 @@ class Box:
     def prox(self, v: jax.Array, step: jax.typing.ArrayLike) -> jax.Array:
         """The nearest point of the box, whatever the step."""
         del step
-        return jnp.clip(v, -self.limit, self.limit)
+        # Selects, not `clip`: XLA on CPU works a clamp out twice and copies the state for it.
+        return jnp.where(v > self.limit, self.limit, jnp.where(v < -self.limit, -self.limit, v))
 
 
 @dataclasses.dataclass(frozen=True)

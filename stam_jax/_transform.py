@@ -253,7 +253,7 @@ class _Step(NamedTuple):
             """The float block w+ from v and v - eta d: the mean of v - eta d and z+, weighted by tau."""
             if regularizer is None:
                 return forward
-            step = jnp.where(exact, eta, 1 / jnp.maximum(tau, jnp.finfo(jnp.float32).tiny))
+            step = jnp.where(exact, eta, 1 / jnp.maximum(tau, 1e-30))  # The prox wants a finite step.
             z = regularizer.prox(jnp.where(exact, forward, v), step)
             return jnp.where(exact, z, (forward + damping * z) / (1 + damping))
 

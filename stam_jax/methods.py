@@ -2,6 +2,8 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from stam_jax import _numbers
@@ -112,13 +114,12 @@ def binary_relax(
         raise ValueError(f"binary_relax: hard_from must be a step from 0; got {hard_from!r}.")
     for name, value, low in (("strength", strength, 0.0), ("growth", growth, 1.0)):
         _numbers.check("binary_relax", name, value, low=low, finite=True)
-    lam = optax.join_schedules(
-        [
-            optax.exponential_decay(strength, growth_every, growth, staircase=True),
-            optax.constant_schedule(math.inf),
-        ],
-        [hard_from],
-    )
+
+    def lam(count: jax.typing.ArrayLike) -> jax.Array:
+        # Whole-number division: a quotient in float32 would be late by a step now and then.
+        grown = strength * growth ** jnp.floor_divide(count, growth_every)
+        return jnp.where(jnp.asarray(count) < hard_from, grown, math.inf)
+
     return stam(
         learning_rate,
         quantizer=quantizer,

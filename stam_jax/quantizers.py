@@ -37,8 +37,8 @@ class Binary:
 
     The projection is $P_Q(v) = \alpha\,\mathrm{sign}(v)$ with $\alpha = \mathrm{mean}|v|$ over the group
     (the least-squares optimum) and $\mathrm{sign}(0) = +1$. The mean accumulates in float32 at least,
-    whatever the dtype of v. A NaN makes its whole group NaN, an infinity makes it infinite, a group of
-    zeros projects to zeros, and an empty array to itself.
+    whatever the dtype of v. A NaN makes its whole group NaN (itself alone where `scale=None`), an infinity
+    makes it infinite, a group of zeros projects to zeros, and an empty array to itself.
 
     Args:
         scale: which weights share one alpha: `"channel"` (one per output channel, XNOR-Net's), `"tensor"`
@@ -111,7 +111,8 @@ class Binary:
     def project(self, v: jax.Array) -> jax.Array:
         """The point of Q nearest to v, in the shape and dtype of v."""
         v = jnp.asarray(v)
-        return self.decode(self.codes(v), self.scales(v).astype(v.dtype))
+        y = self.decode(self.codes(v), self.scales(v).astype(v.dtype))
+        return jnp.where(jnp.isnan(v), v, y)  # A code cannot say NaN, and scales of 1 do not show it.
 
     def contains(self, y: jax.Array) -> jax.Array:
         """Whether every group of y holds nothing but +alpha and -alpha for one finite alpha."""

@@ -59,8 +59,8 @@ class SquaredDistance:
         """The map (w, y) -> x of step `count`."""
         lam = _numbers.at(self.lam, count)
         share_w = 1 / (1 + jnp.asarray(lam))
-        # lam / (1 + lam) keeps its digits where lam is small, and is 1 where lam is infinite.
-        share_y = jnp.where(jnp.isinf(lam), 1.0, lam * share_w)
+        # lam / (1 + lam), which keeps its digits where lam is small, and is 1 where lam is huge or infinite.
+        share_y = jnp.where(lam < 1, lam * share_w, 1 / (1 + 1 / jnp.maximum(lam, 1.0)))
         return lambda w, y: share_w * w + share_y * y
 
 

@@ -1,6 +1,5 @@
 """`stam()`, the engine: every method of the package is a configuration of this one transform."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -20,15 +19,34 @@ Mask = Any | Callable[[Any], Any]
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Assigned:
-    """The quantiser of one leaf, or None: a node without leaves, so that jit sees it as static.
+class Assigned(optax.MaskedNode):
+    """The quantiser of one leaf, or None where it stays in float: a hole that remembers.
 
-    Args:
-        quantizer: what the leaf is projected by; None where it stays in float.
+    It has no leaves, so jit sees the quantiser as static; and it is an `optax.MaskedNode`, so whatever passes
+    over the holes of a state, as the `is_leaf` of `optax.tree.map_params` does, passes over it too.
     """
 
     quantizer: Quantizer | None
+
+    def __new__(cls, quantizer: Quantizer | None) -> "Assigned":
+        self = super().__new__(cls)
+        self.quantizer = quantizer
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Assigned) and self.quantizer == other.quantizer
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.quantizer)
+
+    def __repr__(self) -> str:
+        return f"Assigned({self.quantizer!r})"
+
+    def __reduce__(self) -> tuple[type["Assigned"], tuple[Quantizer | None]]:
+        return Assigned, (self.quantizer,)
 
 
 class StamState(NamedTuple):
@@ -282,6 +300,9 @@ class _Step(NamedTuple):
 
 def _chosen(mask: Mask | None, params: Any) -> dict[str, bool]:
     """Whether each leaf of the parameters, by name, is quantised."""
+    names = _trees.named_leaves(params, holes=True)
+    if not names:
+        return {}  # Nothing to choose from, nor to find a rule wrong by: the placeholders of Optax, say.
     if mask is None:
         mask = select
     if callable(mask):
@@ -293,7 +314,6 @@ def _chosen(mask: Mask | None, params: Any) -> dict[str, bool]:
         if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.bool_):
             raise TypeError(f"stam: mask holds {value!r} at {name!r}; it must be a boolean.")
     chosen, used = {}, set()
-    names = _trees.named_leaves(params, holes=True)
     for name, leaf in names.items():
         rule = next((prefix for prefix in _prefixes(name) if prefix in rules), None)
         used.add(rule)
@@ -303,7 +323,7 @@ def _chosen(mask: Mask | None, params: Any) -> dict[str, bool]:
             raise ValueError(f"stam: mask says nothing of the leaf {name!r}.")
         chosen[name] = bool(rules[rule])
     for rule in rules:
-        if rule not in used and names:
+        if rule not in used:
             raise ValueError(
                 f"stam: mask speaks of {rule!r}, which the parameters do not hold; "
                 f"they hold {', '.join(names)}."

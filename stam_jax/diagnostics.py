@@ -70,6 +70,9 @@ def sign_flips(before: Any, after: Any) -> jax.Array:
                 raise TypeError(f"sign_flips: arrays of dtype {dtype} have no sign.")
         return jnp.sum((jnp.asarray(a) >= 0) != (jnp.asarray(b) >= 0))
 
+    structures = jax.tree.structure(before), jax.tree.structure(after)
+    if structures[0] != structures[1]:
+        raise ValueError(f"sign_flips: the structures {structures[0]} and {structures[1]} differ.")
     flips = jax.tree.leaves(jax.tree.map(count, before, after))
     weights = sum(jnp.size(leaf) for leaf in jax.tree.leaves(after))
     return jnp.asarray(sum(flips) / max(weights, 1), jnp.float32)

@@ -117,7 +117,9 @@ def binary_relax(
 
     def lam(count: jax.typing.ArrayLike) -> jax.Array:
         # Whole-number division: a quotient in float32 would be late by a step now and then.
-        grown = strength * growth ** jnp.floor_divide(count, growth_every)
+        factor = float(growth) ** jnp.floor_divide(count, growth_every)
+        # The factor may outgrow its type and be infinite, and 0 times that is not 0.
+        grown = strength * factor if strength else jnp.zeros_like(factor)
         return jnp.where(jnp.asarray(count) < hard_from, grown, math.inf)
 
     return stam(

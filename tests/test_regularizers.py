@@ -1,0 +1,70 @@
+"""Each prox against its definition, by minimising on a fine grid."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stam_jax import Box, Ridge
+
+WEIGHT = st.floats(-3, 3)
+STEP = st.floats(0.01, 20)
+SIZE = st.floats(0.1, 2)
+GRID = np.linspace(-4, 4, 80_001)
+both = pytest.mark.parametrize(
+    ("kind", "penalty"),
+    [
+        pytest.param(Box, lambda u, limit: np.where(np.abs(u) <= limit, 0.0, np.inf), id="box"),
+        pytest.param(Ridge, lambda u, strength: strength / 2 * u**2, id="ridge"),
+    ],
+)
+
+
+@pytest.mark.usefixtures("x64")
+@both
+@given(v=WEIGHT, step=STEP, size=SIZE)
+def test_the_prox_minimises_its_objective(kind, penalty, v, step, size):
+    values = penalty(GRID, size) + (GRID - v) ** 2 / (2 * step)
+    np.testing.assert_allclose(kind(size).prox(jnp.asarray(v), step), GRID[np.argmin(values)], atol=2e-4)
+
+
+@pytest.mark.usefixtures("x64")
+@both
+@given(a=WEIGHT, b=WEIGHT, step=STEP, size=SIZE)
+def test_the_prox_of_a_convex_penalty_is_firmly_non_expansive(kind, penalty, a, b, step, size):
+    del penalty
+    p, q = (float(kind(size).prox(jnp.asarray(v), step)) for v in (a, b))
+    assert (p - q) ** 2 <= (p - q) * (a - b) + 1e-15
+
+
+@pytest.mark.parametrize("regularizer", [Box(0.5), Ridge(0.5)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_prox_keeps_shape_and_dtype(regularizer, dtype):
+    v = jnp.ones((2, 0, 3), dtype)
+    z = jax.jit(regularizer.prox)(v, 0.1)
+    assert (z.shape, z.dtype) == (v.shape, v.dtype)
+
+
+@pytest.mark.parametrize(("regularizer", "expected"), [(Box(0.0), 0.0), (Ridge(0.0), -3.0)])
+def test_the_ends_of_the_range_are_exact(regularizer, expected):
+    assert regularizer.prox(jnp.array(-3.0), 0.5) == expected
+
+
+@pytest.mark.parametrize("kind", [Box, Ridge])
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (-1.0, ValueError),
+        (math.inf, ValueError),
+        (math.nan, ValueError),
+        ("1", TypeError),
+        (lambda count: 1.0, TypeError),
+    ],
+)
+def test_sizes_out_of_range_are_named(kind, value, error):
+    with pytest.raises(error, match=rf"{kind.__name__}: (limit|strength) must be a number"):
+        kind(value)

@@ -41,6 +41,11 @@ def check(
         raise ValueError(f"{where}: {name} must be {expected}; got {number!r}.")
 
 
+def is_fixed_at(value: Any, number: float) -> bool:
+    """Whether a value is known to be that number before anything is traced."""
+    return isinstance(value, numbers.Real) and float(value) == number
+
+
 def at(value: Any, count: jax.typing.ArrayLike) -> Any:
     """The value of a number or schedule at a step count."""
     return value(count) if callable(value) else value

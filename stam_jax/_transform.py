@@ -110,19 +110,23 @@ def stam(
         learning_rate: the step size $\eta$, at least 0. It, and every other number here, may be a schedule:
             a function from the step count (from 0) to a number.
         penalty: $\rho$, from 0 to infinity, of the squared-distance relaxation with
-            $\lambda = \eta\rho/(1+\eta\tau)$. Give it or `relaxation`, not both. By default the relaxation
-            is the squared distance with $\lambda = 1.01^k$ at step k, which is all but hard after some 700
-            steps; a longer anneal, told in steps of your run, is mostly worth the line it takes.
+            $\lambda = \eta\rho/(1+\eta\tau)$, or $\eta\rho$ where $\tau = \infty$ or there is no
+            regulariser. Give it or `relaxation`, not both. By default the relaxation is the squared
+            distance with $\lambda = 1.01^k$ at step k, which is all but hard after some 700 steps; a longer
+            anneal, told in steps of your run, is mostly worth the line it takes.
         quantizer: the set Q and its projection.
         relaxation: the map from $(w^+, y^+)$ to $x^+$.
         regularizer: h; None for none.
         regularizer_penalty: $\tau$, from 0 to infinity.
         inertia: $\kappa$ in [0, 1], the share of $w - x$ carried over to the next step: 0 is the proximal
             method, 1 the lazy update of BinaryConnect and BinaryRelax. The number 0 saves the copy of v.
+            Above 0 a step starts from v, so wrappers that move the parameters themselves, as
+            `optax.lookahead` does, want inertia 0.
         project: `"first"`, $y^+ = P_Q(v)$: no noise of this step enters the projection; or `"last"`,
             $y^+ = P_Q(w^+)$.
         mask: which leaves are quantised: a tree of booleans like the parameters or a prefix of it, a
             `Selection`, or a function from the parameters to one of these; by default what `select` chooses.
+            `optax.inject_hyperparams` takes any function for a schedule: give it `static_args=("mask",)`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`; its `update` needs the parameters.
@@ -173,7 +177,7 @@ def stam(
         _check_has("relaxation", relaxation, "at")
     if regularizer is not None:
         _check_has("regularizer", regularizer, "prox")
-    is_lazy = not (isinstance(inertia, (int, float)) and inertia == 0)
+    is_lazy = not _numbers.is_fixed_at(inertia, 0)
 
     def init(params: Any) -> StamState:
         chosen = _chosen(mask, params)
@@ -265,7 +269,8 @@ class _Step(NamedTuple):
         tau = _numbers.at(regularizer_penalty, count)
         exact = jnp.isinf(tau)
         # Infinite tau takes the other branch of each `where`; 0 keeps this one finite, for gradients too.
-        damping = jnp.where(exact, 0.0, eta * jnp.where(exact, 0.0, tau))
+        unbounded = exact if regularizer is not None else True
+        damping = jnp.where(unbounded, 0.0, eta * jnp.where(unbounded, 0.0, tau))
 
         def constrain(v: jax.Array, forward: jax.Array) -> jax.Array:
             """The float block w+ from v and v - eta d: the mean of v - eta d and z+, weighted by tau."""
@@ -292,7 +297,7 @@ class _Step(NamedTuple):
         w = self.constrain(v, v - self.learning_rate * d.astype(v.dtype))
         y = quantizer.project(v if self.project == "first" else w)
         x = self.relax(w, y)
-        if isinstance(self.inertia, (int, float)) and self.inertia == 1:
+        if _numbers.is_fixed_at(self.inertia, 1):
             return x, w  # The blend below would come to that, at the price of computing x once more.
         # The same as x + kappa (w - x), but exact at kappa = 0 and 1.
         return x, (1 - self.inertia) * x + self.inertia * w
@@ -308,6 +313,11 @@ def _chosen(mask: Mask | None, params: Any) -> dict[str, bool]:
     if callable(mask):
         mask = mask(params)
     if isinstance(mask, Selection):
+        if [row.path for row in mask.rows] != list(_trees.named_leaves(params)):
+            raise ValueError(
+                "stam: mask is a Selection made for another tree, or called with a step count, as "
+                "optax.inject_hyperparams does unless it is given static_args=('mask',)."
+            )
         mask = mask.mask
     rules = _trees.named_leaves(mask)
     for name, value in rules.items():

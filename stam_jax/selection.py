@@ -13,7 +13,7 @@ from stam_jax import _trees
 
 Rule = str | Callable[[str, Any], bool]
 
-_BIAS = re.compile(r"^(.*_)?(bias|b)$")
+_BIAS = re.compile(r"^(.*_)?bias$")
 _NORM = re.compile(r"(norm|^bn|^ln)(_?\d+)?$|^scale$")
 _EMBEDDING = re.compile(r"embed")
 # Layer classes whose kernels are laid out (..., inputs, outputs), by the name they give them.
@@ -179,7 +179,8 @@ def _default(name: str, leaf: Any) -> tuple[bool, str]:
         return False, "bias"
     if any(_NORM.search(key) for key in keys):
         return False, "normalisation"
-    if any(_EMBEDDING.search(key) for key in keys):
+    # A table, that is; the kernel of a patch embedding is a kernel.
+    if keys[-1] != "kernel" and any(_EMBEDDING.search(key) for key in keys):
         return False, "embedding"
     return True, f"kernel of rank {len(leaf.shape)}"
 

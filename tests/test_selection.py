@@ -96,7 +96,6 @@ def test_equinox_networks_have_their_weights_chosen():
         ("dense/w", "kernel of rank 2"),
         ("abnormal/kernel", "kernel of rank 2"),
         ("dense/bias", "bias"),
-        ("dense/b", "bias"),
         ("attention/in_proj_bias", "bias"),
         ("LayerNorm_0/weight", "normalisation"),
         ("batch_norm/weight", "normalisation"),
@@ -105,7 +104,7 @@ def test_equinox_networks_have_their_weights_chosen():
         ("ln_2/weight", "normalisation"),
         ("rms/scale", "normalisation"),
         ("token_embedding/weight", "embedding"),
-        ("Embed_0/kernel", "embedding"),
+        ("Embed_0/embedding", "embedding"),
     ],
 )
 def test_stacked_leaves_are_told_by_their_names(path, why):
@@ -282,3 +281,11 @@ def test_the_printed_table_says_it_all():
         "temperature    scalar   float       16  rank 0\n"
         "298 of 383 weights in 3 of 7 leaves are binary."
     )
+
+
+def test_a_name_alone_does_not_make_a_bias_or_an_embedding_of_a_kernel():
+    params = {
+        "lora": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 4))},
+        "patch_embed": {"kernel": jnp.ones((3, 3, 3, 8))},
+    }
+    assert all(row.quantized for row in select(params).rows)

@@ -605,3 +605,29 @@ def test_updates_that_do_not_fit_are_named(updates, params, message):
     optimizer = stam(ETA)
     with pytest.raises(ValueError, match=message):
         optimizer.update(updates, optimizer.init(PARAMS), params)
+
+
+def test_a_penalty_without_a_regularizer_is_not_damped_by_an_injected_tau():
+    x, d = {"kernel": jnp.ones((2, 2))}, {"kernel": jnp.full((2, 2), 0.5)}
+    injected = optax.inject_hyperparams(stam)(
+        0.1, penalty=2.0, inertia=0.0, regularizer_penalty=5.0, quantizer=Binary()
+    )
+    plain = stam(0.1, penalty=2.0, inertia=0.0)
+    ours, expected = (
+        helpers.take_step(optimizer, d, helpers.begin(optimizer, x), x)[0] for optimizer in (injected, plain)
+    )
+    np.testing.assert_allclose(ours["kernel"], expected["kernel"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, np.float32(0), np.float64(0)])
+def test_any_plain_zero_saves_the_latent_copy(zero):
+    assert helpers.begin(stam(0.1, inertia=zero), {"kernel": jnp.ones((2, 2))}).latent is None
+
+
+def test_a_selection_of_another_tree_is_refused():
+    params = {"kernel": jnp.ones((2, 2))}
+    mistaken = optax.inject_hyperparams(stam)(0.1, mask=lambda params: select(params))
+    with pytest.raises(ValueError, match=r"static_args=\('mask',\)"):
+        mistaken.init(params)
+    with pytest.raises(ValueError, match="made for another tree"):
+        stam(0.1, mask=select({"other": jnp.ones((2, 2))})).init(params)

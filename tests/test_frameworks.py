@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -218,19 +220,26 @@ def test_specifications_for_parameters_carry_over_to_the_state(mask):
     assert body_latent(laid_out) == names["body"]["kernel"]
 
 
-def pickled(state: Any) -> Any:
+def pickled(state: Any, folder: Path) -> Any:
     return pickle.loads(pickle.dumps(state))
 
 
-def as_arrays_alone(state: Any) -> Any:
+def as_arrays_alone(state: Any, folder: Path) -> Any:
     arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
     return jax.tree.unflatten(jax.tree.structure(make_optimizer().init(START)), arrays)
 
 
-@pytest.mark.parametrize("saved", [pickled, as_arrays_alone])
-def test_a_state_can_be_saved_and_restored(saved):
+def through_orbax(state: Any, folder: Path) -> Any:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "state", state)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(folder / "state", jax.eval_shape(make_optimizer().init, START))
+
+
+@pytest.mark.parametrize("saved", [pickled, as_arrays_alone, through_orbax])
+def test_a_state_can_be_saved_and_restored(saved, tmp_path):
     state = make_optimizer().init(START)
-    restored = saved(state)
+    restored = saved(state, tmp_path)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert list(quantized_leaves(restored, START)) == ["body/kernel", "head/kernel"]

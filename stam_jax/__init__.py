@@ -10,7 +10,7 @@ from stam_jax._transform import StamState, stam
 from stam_jax.diagnostics import quantisation_gap, sign_flips
 from stam_jax.hard import QuantizedLeaf, hard_params, quantized_leaves
 from stam_jax.methods import binary_connect, binary_relax
-from stam_jax.quantizers import Binary, Quantizer
+from stam_jax.quantizers import Binary, PowerOfTwo, Quantizer, Ternary, Uniform
 from stam_jax.regularizers import Box, Regularizer, Ridge
 from stam_jax.relaxations import Hard, LinearBlend, Relaxation, SquaredDistance
 from stam_jax.selection import Selection, select
@@ -22,6 +22,7 @@ __all__ = [
     "Box",
     "Hard",
     "LinearBlend",
+    "PowerOfTwo",
     "QuantizedLeaf",
     "Quantizer",
     "Regularizer",
@@ -30,6 +31,8 @@ __all__ = [
     "Selection",
     "SquaredDistance",
     "StamState",
+    "Ternary",
+    "Uniform",
     "binary_connect",
     "binary_relax",
     "hard_params",

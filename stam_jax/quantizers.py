@@ -4,14 +4,21 @@ A quantiser is any hashable object with
 
 * `bits`: the bits that one weight takes, an int;
 * `project(v)`: the nearest point of Q, in the shape and dtype of v;
-* `contains(y)`: whether y lies in Q, exactly, as a boolean scalar.
+* `contains(y)`: whether y lies in Q, as a boolean scalar.
+
+Those here have three more, which say a point of Q in few bits: `scales(v)` and `codes(v)`, a small whole
+number per weight, and `decode(codes, scales)`.
 """
 
+import abc
 import dataclasses
+import itertools
 from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+
+from stam_jax._groups import Groups, merged
 
 
 class Quantizer(Protocol):
@@ -27,12 +34,55 @@ class Quantizer(Protocol):
         ...
 
     def contains(self, y: jax.Array) -> jax.Array:
-        """Whether y lies in Q exactly, as a boolean scalar."""
+        """Whether y lies in Q, as a boolean scalar."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Binary:
+class _Coded(Groups, abc.ABC):
+    """A quantised set whose points are said by codes and scales."""
+
+    @abc.abstractmethod
+    def _encode(self, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Codes and scales of the nearest point."""
+
+    def scales(self, v: jax.Array) -> jax.Array:
+        """The scale of each group, in float32 at least.
+
+        Its shape is that of v with 1 for the axes that share a scale; for `scale="group"` the input axis
+        stands as two, groups and 1.
+        """
+        return self._encode(jnp.asarray(v))[1]
+
+    def codes(self, v: jax.Array) -> jax.Array:
+        """The index of each weight's level, counted from the lowest, as uint8 in the shape of v."""
+        return self._encode(jnp.asarray(v))[0]
+
+    @abc.abstractmethod
+    def decode(self, codes: jax.Array, scales: jax.Array) -> jax.Array:
+        """The weights that codes and scales stand for, in the dtype of the scales."""
+
+    def project(self, v: jax.Array) -> jax.Array:
+        """The point of Q nearest to v, in the shape and dtype of v."""
+        v = jnp.asarray(v)
+        codes, scales = self._encode(v)
+        y = self.decode(codes, scales).astype(v.dtype)
+        return jnp.where(jnp.isnan(v), v, y)  # A code cannot say NaN, and scales of 1 do not show it.
+
+    def _mean(self, u: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        """The mean over each group, accumulated in float32 at least."""
+        # XLA sums in blocks on every backend, so this one reduction is as accurate as a pairwise sum, and
+        # on CPU it is 30 times faster than a reduction per axis.
+        return jnp.mean(u, axis=axes, keepdims=True, dtype=jnp.promote_types(u.dtype, jnp.float32))
+
+    def _ones(self, u: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        """A scale of 1 for each group."""
+        shape = tuple(1 if i in axes else n for i, n in enumerate(u.shape))
+        return jnp.ones(shape, jnp.promote_types(u.dtype, jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Binary(_Coded):
     r"""Two values per scale group, $Q = \{\alpha s : s \in \{-1,+1\}^n, \alpha \ge 0\}$.
 
     The projection is $P_Q(v) = \alpha\,\mathrm{sign}(v)$ with $\alpha = \mathrm{mean}|v|$ over the group
@@ -41,15 +91,19 @@ class Binary:
     makes it infinite, a group of zeros projects to zeros, and an empty array to itself.
 
     Args:
-        scale: which weights share one alpha: `"channel"` (one per output channel, XNOR-Net's), `"tensor"`
-            (one for the whole array) or `None` (alpha = 1, BinaryConnect's).
-        axis: the output-channel axis for `scale="channel"`: -1 for Flax's kernels (the default), 0 for
-            Equinox's and PyTorch's weights. A kernel of shape (inputs, heads, size) has one scale per index
-            of that one axis, shared by the heads.
+        scale: which weights share one alpha: those of an output channel (`"channel"`, XNOR-Net's), of the
+            whole array (`"tensor"`), of `group` neighbours along the input axis (`"group"`); or `None`:
+            alpha = 1, BinaryConnect's.
+        axis: the output-channel axis for `scale="channel"` and `"group"`: -1 for Flax's kernels (the
+            default; their input axis is -2), 0 for Equinox's and PyTorch's weights (their input axis is 1). A
+            kernel of shape (inputs, heads, size) has one scale per index of that one axis, shared by the
+            heads.
+        group: how many neighbours for `scale="group"`; an array with fewer inputs is one group along them.
 
     Raises:
-        ValueError: if `scale` is none of the three; on projecting, if `scale="channel"` meets an array of
-            rank below 2 (every entry would be its own channel) or one without that axis.
+        ValueError: if `scale` is none of the four, or `group` does not go with it; on projecting, if
+            `"channel"` or `"group"` meets an array of rank below 2 (every entry would be its own channel),
+            one without that axis, or one whose inputs do not divide into groups.
 
     Example:
         >>> import jax.numpy as jnp
@@ -66,61 +120,244 @@ class Binary:
         Rastegari et al., XNOR-Net, arXiv:1603.05279; Courbariaux et al., BinaryConnect, arXiv:1511.00363.
     """
 
-    scale: Literal["tensor", "channel"] | None = "channel"
-    axis: int = -1
-
     @property
     def bits(self) -> int:
         """Bits that one weight takes: one, beside the scales."""
         return 1
 
-    def __post_init__(self):
-        if self.scale not in ("tensor", "channel", None):
-            raise ValueError(f"Binary: scale must be 'tensor', 'channel' or None; got {self.scale!r}.")
-
-    def _shared_axes(self, v: jax.Array) -> tuple[int, ...]:
-        """The axes along which weights share a scale."""
-        if self.scale != "channel":
-            return tuple(range(v.ndim))
-        if v.ndim < 2 or not -v.ndim <= self.axis < v.ndim:
-            raise ValueError(
-                f"Binary(scale='channel', axis={self.axis}) needs an array of rank 2 or more with that "
-                f"axis; got shape {v.shape}. Use scale='tensor', or leave the array out of the mask."
-            )
-        return tuple(i for i in range(v.ndim) if i != self.axis % v.ndim)
-
-    def scales(self, v: jax.Array) -> jax.Array:
-        """The optimal alpha of each group, kept broadcastable to v, in float32 at least."""
-        v = jnp.asarray(v)
-        axes = self._shared_axes(v)
-        shape = tuple(1 if i in axes else n for i, n in enumerate(v.shape))
-        dtype = jnp.promote_types(v.dtype, jnp.float32)
-        if self.scale is None or v.size == 0:
-            return jnp.ones(shape, dtype)
-        # XLA sums in blocks on every backend, so this one reduction is as accurate as a pairwise sum, and
-        # on CPU it is 30 times faster than a reduction per axis.
-        return jnp.mean(jnp.abs(v), axis=axes, keepdims=True, dtype=dtype)
-
-    def codes(self, v: jax.Array) -> jax.Array:
-        """The sign bits: True where the projection is +alpha, False where it is -alpha."""
-        return jnp.asarray(v) >= 0
+    def _encode(self, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        u, axes = self._split(v)
+        is_given = self.scale is None or v.size == 0
+        scales = self._ones(u, axes) if is_given else self._mean(jnp.abs(u), axes)
+        return (v >= 0).astype(jnp.uint8), scales
 
     def decode(self, codes: jax.Array, scales: jax.Array) -> jax.Array:
-        """The weights that sign bits and scales stand for, in the dtype of the scales."""
-        return jnp.where(codes, scales, -scales)
-
-    def project(self, v: jax.Array) -> jax.Array:
-        """The point of Q nearest to v, in the shape and dtype of v."""
-        v = jnp.asarray(v)
-        y = self.decode(self.codes(v), self.scales(v).astype(v.dtype))
-        return jnp.where(jnp.isnan(v), v, y)  # A code cannot say NaN, and scales of 1 do not show it.
+        """The weights that codes, 1 for +alpha and 0 for -alpha, and scales stand for."""
+        u, _ = self._split(jnp.asarray(codes))
+        return jnp.where(u == 1, scales, -scales).reshape(codes.shape)
 
     def contains(self, y: jax.Array) -> jax.Array:
-        """Whether every group of y holds nothing but +alpha and -alpha for one finite alpha."""
-        y = jnp.asarray(y)
-        axes = self._shared_axes(y)
-        if y.size == 0:
+        """Whether every group of y holds nothing but +alpha and -alpha, exactly, for one finite alpha."""
+        u, axes = self._split(jnp.asarray(y))
+        if u.size == 0:
             return jnp.array(True)
-        size = jnp.abs(y)
+        size = jnp.abs(u)
         alpha = 1 if self.scale is None else jnp.max(size, axis=axes, keepdims=True)
-        return jnp.all((size == alpha) & jnp.isfinite(y))
+        return jnp.all((size == alpha) & jnp.isfinite(u))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Levels(_Coded):
+    """Levels that are fixed but for one factor per group, symmetric about 0 and with 0 among them."""
+
+    @property
+    @abc.abstractmethod
+    def _magnitudes(self) -> tuple[float, ...]:
+        """The levels from 0 up to 1, at scale 1."""
+
+    @property
+    def _bounds(self) -> tuple[float, ...]:
+        """Halfway between neighbouring magnitudes."""
+        return tuple((low + high) / 2 for low, high in itertools.pairwise(self._magnitudes))
+
+    def _rank(self, size: jax.Array, scales: jax.Array) -> jax.Array:
+        """Which magnitude is nearest to each |v|."""
+        zero = jnp.zeros(size.shape, jnp.uint8)
+        return sum(((size > bound * scales).astype(jnp.uint8) for bound in self._bounds), zero)
+
+    def _pick(self, rank: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """The magnitudes of those ranks, without a gather."""
+        zero = jnp.zeros(rank.shape, dtype)
+        terms = (jnp.where(rank == i, p, 0).astype(dtype) for i, p in enumerate(self._magnitudes))
+        return sum(terms, zero)
+
+    def _scales(self, u: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        r"""The least-squares optimum, by sorting and prefix sums.
+
+        As alpha falls from infinity, each |v| passes from one magnitude to the next at a known alpha. All
+        these passages, in order, make all assignments of weights to magnitudes that can be optimal; for
+        each, the best alpha is $\sum |v| q / \sum q^2$ and the gain $(\sum |v| q)^2 / \sum q^2$.
+        """
+        size = jnp.abs(u).astype(jnp.promote_types(u.dtype, jnp.float32))
+        rows, shape = merged(size, axes)
+        steps = list(itertools.pairwise(self._magnitudes))
+        passage = jnp.concatenate([rows / bound for bound in self._bounds], axis=1)
+        gained = jnp.concatenate([rows * (high - low) for low, high in steps], axis=1)
+        squares = jnp.concatenate([jnp.full_like(rows, high**2 - low**2) for low, high in steps], axis=1)
+        _, gained, squares = jax.lax.sort((-passage, gained, squares), dimension=1, num_keys=1)
+        products, norms = jnp.cumsum(gained, axis=1), jnp.cumsum(squares, axis=1)
+        # Divided by the group's largest sum, so that the square stays in range.
+        top = jnp.maximum(products[:, -1:], jnp.finfo(products.dtype).tiny)
+        best = jnp.argmax((products / top) ** 2 / norms, axis=1, keepdims=True)
+        pick = lambda sums: jnp.take_along_axis(sums, best, axis=1).reshape(shape)
+        alpha = pick(products) / pick(norms)
+        # Sums anew over the assignment found: plain reductions round less than prefix sums.
+        q = self._pick(self._rank(size, alpha), size.dtype)
+        norm = self._mean(q * q, axes)
+        return jnp.where(norm > 0, self._mean(size * q, axes) / jnp.where(norm > 0, norm, 1), alpha)
+
+    def _encode(self, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        u, axes = self._split(v)
+        is_given = self.scale is None or v.size == 0
+        scales = self._ones(u, axes) if is_given else self._scales(u, axes)
+        rank = self._rank(jnp.abs(u), scales)
+        top = len(self._magnitudes) - 1
+        codes = jnp.where(u < 0, top - rank, top + rank)
+        return codes.astype(jnp.uint8).reshape(v.shape), scales
+
+    def decode(self, codes: jax.Array, scales: jax.Array) -> jax.Array:
+        """The weights that codes, indices of the levels from the lowest, and scales stand for."""
+        u, _ = self._split(jnp.asarray(codes))
+        offset = u.astype(jnp.int8) - jnp.int8(len(self._magnitudes) - 1)
+        size = self._pick(jnp.abs(offset), scales.dtype) * scales
+        return jnp.where(offset < 0, -size, size).reshape(codes.shape)
+
+    def contains(self, y: jax.Array) -> jax.Array:
+        """Whether every group of y holds nothing but alpha times the levels, to rounding, for one alpha."""
+        u, axes = self._split(jnp.asarray(y))
+        if u.size == 0:
+            return jnp.array(True)
+        wide = jnp.promote_types(u.dtype, jnp.float32)
+        size = jnp.abs(u).astype(wide)
+        slack = 4 * float(jnp.finfo(u.dtype).eps)
+        largest = jnp.max(size, axis=axes, keepdims=True)
+        fits = jnp.zeros(largest.shape, bool)
+        # The largest weight of the group may be any of the magnitudes.
+        for magnitude in (1.0,) if self.scale is None else self._magnitudes[1:]:
+            alpha = jnp.ones_like(largest) if self.scale is None else largest / magnitude
+            q = self._pick(self._rank(size, alpha), wide)
+            near = jnp.abs(size - q * alpha) <= slack * q * alpha
+            fits |= jnp.all(near, axis=axes, keepdims=True)
+        return jnp.all(fits) & jnp.all(jnp.isfinite(u))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ternary(_Levels):
+    r"""Three values per scale group, $Q = \{\alpha q : q \in \{-1,0,+1\}^n, \alpha \ge 0\}$.
+
+    With $|v|$ sorted from large to small and prefix sums $S_k$, the projection keeps the k largest that
+    maximise $S_k^2/k$ and sets them to $\alpha = S_k/k$ times their signs: the exact least-squares optimum.
+
+    Args:
+        scale: which weights share one alpha, as in `Binary`.
+        axis: the output-channel axis, as in `Binary`.
+        group: how many neighbours for `scale="group"`, as in `Binary`.
+        rule: `"exact"`, or `"heuristic"`: Ternary Weight Networks' threshold, 0.7 mean|v|, which needs no
+            sort; then `project` is not quite a projection.
+
+    Raises:
+        ValueError: if `rule` is neither of the two; otherwise as `Binary`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from stam_jax import Ternary
+        >>> print(Ternary(scale="tensor").project(jnp.array([3.0, -1.0, 0.2, -2.0])))
+        [ 2.5  0.   0.  -2.5]
+
+    References:
+        Li and Liu, Ternary weight networks, arXiv:1605.04711 (the heuristic).
+    """
+
+    rule: Literal["exact", "heuristic"] = "exact"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rule not in ("exact", "heuristic"):
+            raise ValueError(f"Ternary: rule must be 'exact' or 'heuristic'; got {self.rule!r}.")
+
+    @property
+    def bits(self) -> int:
+        """Bits that one weight takes: two, beside the scales."""
+        return 2
+
+    @property
+    def _magnitudes(self) -> tuple[float, ...]:
+        return (0.0, 1.0)
+
+    def _encode(self, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if self.rule == "exact" or v.size == 0:
+            return super()._encode(v)
+        u, axes = self._split(v)
+        size = jnp.abs(u).astype(jnp.promote_types(u.dtype, jnp.float32))
+        kept = (size > 0.7 * self._mean(size, axes)).astype(size.dtype)
+        share = self._mean(kept, axes)
+        mean = self._mean(size * kept, axes) / jnp.where(share > 0, share, 1)
+        scales = self._ones(u, axes) if self.scale is None else mean
+        signed = jnp.where(u < 0, -kept, kept)
+        return (signed + 1).astype(jnp.uint8).reshape(v.shape), scales
+
+
+def _check_bits(name: str, bits: int, low: int, high: int) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not low <= bits <= high:
+        raise ValueError(f"{name}: bits must be a whole number from {low} to {high}; got {bits!r}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Uniform(_Levels):
+    r"""Evenly spaced values, $\alpha\,j/m$ with $j = -m, \dots, m$ and $m = 2^{\text{bits}-1} - 1$.
+
+    These are the symmetric integers of low-bit arithmetic, 0 among them; 2 bits are `Ternary`. The scale is
+    the exact least-squares optimum, found by sorting m numbers per weight.
+
+    Args:
+        bits: bits per weight, from 2 to 4.
+        scale: which weights share one alpha, the largest value, as in `Binary`.
+        axis: the output-channel axis, as in `Binary`.
+        group: how many neighbours for `scale="group"`, as in `Binary`.
+
+    Raises:
+        ValueError: if `bits` is out of range; otherwise as `Binary`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from stam_jax import Uniform
+        >>> print(Uniform(bits=3, scale=None).project(jnp.array([0.9, -0.4, 0.1])))
+        [ 1.         -0.33333334  0.        ]
+    """
+
+    bits: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_bits("Uniform", self.bits, 2, 4)
+
+    @property
+    def _magnitudes(self) -> tuple[float, ...]:
+        top = 2 ** (self.bits - 1) - 1
+        return tuple(j / top for j in range(top + 1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PowerOfTwo(_Levels):
+    r"""Zero and powers of two, $\alpha\,\{0, \pm 2^{-j} : j = 0, \dots, 2^{\text{bits}-1} - 2\}$.
+
+    Multiplication by such a weight is a shift, but for alpha. The scale is the exact least-squares optimum.
+
+    Args:
+        bits: bits per weight, from 2 to 4; 2 bits are `Ternary`.
+        scale: which weights share one alpha, the largest value, as in `Binary`.
+        axis: the output-channel axis, as in `Binary`.
+        group: how many neighbours for `scale="group"`, as in `Binary`.
+
+    Raises:
+        ValueError: if `bits` is out of range; otherwise as `Binary`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from stam_jax import PowerOfTwo
+        >>> print(PowerOfTwo(bits=3, scale=None).project(jnp.array([0.9, -0.4, 0.2, 0.1])))
+        [ 1.   -0.5   0.25  0.  ]
+
+    References:
+        Zhou et al., Incremental network quantization, arXiv:1702.03044 (powers of two as levels).
+    """
+
+    bits: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_bits("PowerOfTwo", self.bits, 2, 4)
+
+    @property
+    def _magnitudes(self) -> tuple[float, ...]:
+        return (0.0, *(2.0**-j for j in reversed(range(2 ** (self.bits - 1) - 1))))

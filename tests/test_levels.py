@@ -1,0 +1,250 @@
+"""More values than two: exact optima, groups along the input axis, and what codes and scales say."""
+
+import itertools
+from typing import Any
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stam_jax import Binary, PowerOfTwo, Ternary, Uniform, hard_params, stam
+from tests import helpers
+
+LEVELS = {
+    Ternary: [-1.0, 0.0, 1.0],
+    Uniform: [j / 7 for j in range(-7, 8)],
+    PowerOfTwo: sorted([0.0, *(sign * 2.0**-j for j in range(7) for sign in (-1, 1))]),
+}
+THREE_BITS = {
+    Uniform: [-1.0, -2 / 3, -1 / 3, 0.0, 1 / 3, 2 / 3, 1.0],
+    PowerOfTwo: [-1.0, -1 / 2, -1 / 4, 0.0, 1 / 4, 1 / 2, 1.0],
+}
+CASES = [
+    (Ternary, {}, LEVELS[Ternary]),
+    (Uniform, {"bits": 2}, LEVELS[Ternary]),
+    (PowerOfTwo, {"bits": 2}, LEVELS[Ternary]),
+    *((kind, {"bits": 3}, levels) for kind, levels in THREE_BITS.items()),
+    (Uniform, {"bits": 4}, LEVELS[Uniform]),
+    (PowerOfTwo, {"bits": 4}, LEVELS[PowerOfTwo]),
+]
+every_case = pytest.mark.parametrize(
+    ("kind", "options", "levels"), CASES, ids=lambda value: getattr(value, "__name__", None)
+)
+SCALES = [{"scale": "tensor"}, {"scale": "channel"}, {"scale": "group", "group": 2}, {"scale": None}]
+every_scale = pytest.mark.parametrize("sharing", SCALES, ids=lambda sharing: str(sharing["scale"]))
+VALUES = st.floats(-1e3, 1e3, width=32, allow_subnormal=False).map(lambda x: x if abs(x) > 1e-3 else 0.0)
+WEIGHTS = hnp.arrays(np.float32, st.sampled_from([(4, 3), (2, 4, 2)]), elements=VALUES)
+
+
+def best_distance(v: np.ndarray, levels: list[float]) -> float:
+    """The least squared distance over every assignment of levels, each with its best scale."""
+    distances = [np.sum(v**2)]
+    for assignment in itertools.product(levels, repeat=len(v)):
+        q = np.array(assignment)
+        if np.any(q):
+            alpha = max(np.dot(v, q) / np.dot(q, q), 0.0)
+            distances.append(np.sum((v - alpha * q) ** 2))
+    return min(distances)
+
+
+@pytest.mark.usefixtures("x64")
+@every_case
+@settings(max_examples=25)
+@given(data=st.data())
+def test_no_assignment_and_scale_come_closer(kind, options, levels, data):
+    # Few enough weights that all assignments can be tried.
+    count = {3: 7, 7: 4, 15: 3}[len(levels)]
+    v = data.draw(hnp.arrays(np.float64, count, elements=VALUES))
+    y = np.asarray(kind(scale="tensor", **options).project(v))
+    assert np.sum((v - y) ** 2) <= best_distance(v, levels) * (1 + 1e-9) + 1e-12
+
+
+@every_case
+@given(v=hnp.arrays(np.float32, 6, elements=st.floats(-2, 2, width=32)))
+def test_without_scales_each_weight_goes_to_the_nearest_level(kind, options, levels, v):
+    y = np.asarray(kind(scale=None, **options).project(v))
+    nearest = np.min(np.abs(v[:, None] - np.array(levels)), axis=1)
+    np.testing.assert_allclose(np.abs(v - y), nearest, atol=1e-6)
+    assert np.all(np.isclose(y[:, None], np.array(levels), atol=1e-6).any(axis=1))
+
+
+@every_case
+@every_scale
+@settings(max_examples=15)  # For each of the 28 sets.
+@given(v=WEIGHTS)
+def test_the_projection_lies_in_the_set_and_stays(kind, options, levels, sharing, v):
+    quantizer = kind(**sharing, **options)
+    y = quantizer.project(v)
+    assert (y.shape, y.dtype) == (v.shape, v.dtype)
+    assert quantizer.contains(y)
+    np.testing.assert_allclose(quantizer.project(y), y, rtol=1e-5)
+
+
+@every_case
+@every_scale
+@settings(max_examples=15)  # For each of the 28 sets.
+@given(v=WEIGHTS)
+def test_codes_count_the_levels_from_the_lowest(kind, options, levels, sharing, v):
+    quantizer = kind(**sharing, **options)
+    codes, scales = quantizer.codes(v), quantizer.scales(v)
+    assert (codes.dtype, codes.shape) == (jnp.uint8, v.shape)
+    assert len(levels) <= 2**quantizer.bits
+    assert jnp.all(codes < len(levels))
+    np.testing.assert_array_equal(quantizer.decode(codes, scales), quantizer.project(v))
+    if sharing["scale"] == "tensor":
+        expected = np.array(levels)[np.asarray(codes)] * float(scales.reshape(()))
+        np.testing.assert_allclose(quantizer.project(v), expected, rtol=1e-5, atol=1e-6)
+
+
+@every_case
+@given(v=hnp.arrays(np.float32, 12, elements=VALUES))
+def test_the_projection_is_odd_and_follows_the_scale_of_its_argument(kind, options, levels, v):
+    quantizer = kind(scale="tensor", **options)
+    y = np.asarray(quantizer.project(v))
+    np.testing.assert_array_equal(quantizer.project(-v), -y)
+    np.testing.assert_array_equal(quantizer.project(4 * v), 4 * y)
+
+
+@pytest.mark.parametrize("kind", [Binary, Ternary, Uniform, PowerOfTwo])
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_a_group_is_a_tensor_of_its_own(kind, axis):
+    v: Any = np.random.default_rng(0).normal(size=(2, 6, 3)).astype(np.float32)
+    tensor = kind(scale="tensor")
+    expected = np.empty_like(v)
+    for place, start, output in itertools.product(range(2), range(0, 6, 2), range(3)):
+        part = slice(start, start + 2)
+        expected[place, part, output] = tensor.project(v[place, part, output])
+    # With the output axis first, the inputs are next: (outputs, inputs, places).
+    turn = lambda a: jnp.asarray(a if axis == -1 else np.transpose(a, (2, 1, 0)))
+    y = kind(scale="group", group=2, axis=axis).project(turn(v))
+    np.testing.assert_allclose(y, turn(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [Binary, Ternary])
+def test_fewer_inputs_than_a_group_are_one_group(kind):
+    v = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
+    grouped = kind(scale="group", group=64).project(v)
+    np.testing.assert_allclose(grouped, kind(scale="channel").project(v), rtol=1e-6)
+
+
+def test_inputs_that_do_not_divide_into_groups_are_refused_with_the_leaf_named():
+    params = {"kernel": jnp.ones((6, 2))}
+    with pytest.raises(ValueError, match=r"'kernel' .* cannot divide the 6 inputs"):
+        stam(0.1, quantizer=Binary(scale="group", group=4)).init(params)
+
+
+def test_the_heuristic_keeps_what_is_larger_than_seven_tenths_of_the_mean():
+    v = np.random.default_rng(0).normal(size=(50, 3))
+    y = np.asarray(Ternary(rule="heuristic").project(v.astype(np.float32)))
+    for channel in range(3):
+        size = np.abs(v[:, channel])
+        kept = size > 0.7 * size.mean()
+        expected = np.where(kept, size[kept].mean() * np.sign(v[:, channel]), 0.0)
+        np.testing.assert_allclose(y[:, channel], expected, rtol=1e-5)
+
+
+def test_the_heuristic_is_close_to_the_optimum_and_never_better():
+    v = jnp.asarray(np.random.default_rng(1).normal(size=(400, 8)), jnp.float32)
+    distance = lambda rule: jnp.sum((v - Ternary(rule=rule).project(v)) ** 2)
+    assert distance("exact") < distance("heuristic") < 1.01 * distance("exact")
+
+
+def test_more_bits_come_closer():
+    v = jnp.asarray(np.random.default_rng(2).normal(size=(400, 8)), jnp.float32)
+    distance = lambda quantizer: float(jnp.sum((v - quantizer.project(v)) ** 2))
+    errors = [distance(q) for q in (Binary(), Ternary(), Uniform(bits=3), Uniform(bits=4))]
+    assert errors == sorted(errors, reverse=True)
+    assert distance(Binary(scale="group", group=4)) < distance(Binary()) < distance(Binary(scale="tensor"))
+
+
+@every_case
+def test_many_equal_weights_in_bfloat16_keep_their_value(kind, options, levels):
+    v = jnp.full((200_000,), 0.1, jnp.bfloat16)
+    y = kind(scale="tensor", **options).project(v)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, v)
+
+
+@every_case
+@every_scale
+def test_jit_and_vmap_change_nothing(kind, options, levels, sharing):
+    quantizer = kind(**sharing, **options)
+    v = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4, 3)), jnp.float32)
+    each = jnp.stack([quantizer.project(part) for part in v])
+    np.testing.assert_allclose(jax.vmap(quantizer.project)(v), each, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(quantizer.project)(v[0]), each[0], rtol=1e-6)
+
+
+@every_case
+@every_scale
+def test_zeros_and_empty_arrays_are_their_own_projection(kind, options, levels, sharing):
+    quantizer = kind(**sharing, **options)
+    for shape in ((4, 2), (0, 2), (4, 0)):
+        zeros = jnp.zeros(shape)
+        np.testing.assert_array_equal(quantizer.project(zeros), zeros)
+        assert quantizer.contains(zeros)
+
+
+@every_case
+def test_a_nan_is_seen(kind, options, levels):
+    for scale in ("tensor", None):
+        y = kind(scale=scale, **options).project(jnp.array([1.0, jnp.nan]))
+        assert jnp.isnan(y[1])
+
+
+@every_case
+def test_near_misses_are_not_in_the_set(kind, options, levels):
+    for scale in ("tensor", None):
+        quantizer = kind(scale=scale, **options)
+        exact = jnp.array(levels, jnp.float32)
+        assert quantizer.contains(exact)
+        assert not quantizer.contains(exact.at[-1].mul(1.001).at[0].mul(0.999))
+        assert not quantizer.contains(exact.at[0].set(jnp.inf))
+        assert not quantizer.contains(exact.at[0].set(jnp.nan))
+    assert not kind(scale=None, **options).contains(2 * exact)
+
+
+@pytest.mark.parametrize("kind", [Uniform, PowerOfTwo])
+@pytest.mark.parametrize("bits", [1, 5, 2.0, True])
+def test_bits_out_of_range_are_refused(kind, bits):
+    with pytest.raises(ValueError, match=rf"{kind.__name__}: bits must be a whole number from 2 to 4"):
+        kind(bits=bits)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"scale": "group"}, "scale='group' and group go together"),
+        ({"group": 4}, "scale='group' and group go together"),
+        ({"scale": "group", "group": 0}, "group must be at least 1"),
+        ({"scale": "group", "group": 4, "axis": 1}, "knows the input axis"),
+    ],
+)
+def test_settings_of_groups_that_do_not_fit_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        Binary(**options)
+
+
+def test_rules_of_ternary_other_than_the_two_are_refused():
+    rule: Any = "0.7"
+    with pytest.raises(ValueError, match="rule must be 'exact' or 'heuristic'"):
+        Ternary(rule=rule)
+
+
+@every_case
+def test_the_engine_trains_to_levels(kind, options, levels):
+    quantizer = kind(**options)
+    target = jnp.asarray(np.random.default_rng(3).normal(size=(16, 4)), jnp.float32)
+    optimizer = stam(0.1, quantizer=quantizer)
+    x = {"kernel": jnp.zeros((16, 4))}
+    state = helpers.begin(optimizer, x)
+    step = jax.jit(lambda x, state: helpers.take_step(optimizer, {"kernel": x["kernel"] - target}, state, x))
+    for _ in range(200):
+        x, state = step(x, state)
+    y = hard_params(state, x)["kernel"]
+    assert quantizer.contains(y)
+    assert jnp.sum((y - target) ** 2) < jnp.sum((Binary().project(target) - target) ** 2)

@@ -139,7 +139,7 @@ def test_inputs_that_do_not_divide_into_groups_are_refused_with_the_leaf_named()
 
 def test_the_heuristic_keeps_what_is_larger_than_seven_tenths_of_the_mean():
     v = np.random.default_rng(0).normal(size=(50, 3))
-    y = np.asarray(Ternary(rule="heuristic").project(v.astype(np.float32)))
+    y = np.asarray(Ternary(rule="heuristic").project(jnp.asarray(v, jnp.float32)))
     for channel in range(3):
         size = np.abs(v[:, channel])
         kept = size > 0.7 * size.mean()

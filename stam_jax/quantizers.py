@@ -44,8 +44,8 @@ class Binary:
         scale: which weights share one alpha: `"channel"` (one per output channel, XNOR-Net's), `"tensor"`
             (one for the whole array) or `None` (alpha = 1, BinaryConnect's).
         axis: the output-channel axis for `scale="channel"`: -1 for Flax's kernels (the default), 0 for
-            Equinox's and PyTorch's weights. A kernel of shape (inputs, heads, size) has one scale per index
-            of that one axis, shared by the heads.
+            Equinox's and PyTorch's weights. A scale is shared along all others: by the heads of a kernel of
+            shape (inputs, heads, size), and by the layers of a stack made by `vmap` or `scan`.
 
     Raises:
         ValueError: if `scale` is none of the three; on projecting, if `scale="channel"` meets an array of

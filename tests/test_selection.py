@@ -1,6 +1,6 @@
 """Which leaves are quantised: the default in every framework, the rules, and the printed report."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import flax.linen as nn
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stam_jax import select
+from stam_jax import quantized_leaves, select, stam
 
 
 def tree(**shapes):
@@ -289,3 +289,32 @@ def test_a_name_alone_does_not_make_a_bias_or_an_embedding_of_a_kernel():
         "patch_embed": {"kernel": jnp.ones((3, 3, 3, 8))},
     }
     assert all(row.quantized for row in select(params).rows)
+
+
+@pytest.mark.parametrize(
+    "path", ["prenorm/attention/kernel", "conv_norm/conv/kernel", "scale/kernel", "embedder/mlp/weight"]
+)
+def test_the_modules_around_a_layer_do_not_make_its_kernel_a_norm_or_an_embedding(path):
+    assert select({path: jnp.ones((3, 3))}).rows[0].quantized
+
+
+@pytest.mark.parametrize(
+    "path", ["wte", "wpe", "pos_emb", "embedding", "embed/weight", "token_embedding/table"]
+)
+def test_tables_are_embeddings(path):
+    assert select({path: jnp.ones((3, 3))}).rows[0].why == "embedding"
+
+
+def test_a_leaf_called_value_among_others_keeps_its_name():
+    class Attention(NamedTuple):
+        query: Any
+        key: Any
+        value: Any
+
+    params = {"attention": Attention(jnp.ones((2, 2)), jnp.ones((2, 2)), jnp.ones((2, 2)))}
+    selection = select(params, exclude="attention/value")
+    assert [row.path for row in selection.rows] == ["attention/query", "attention/key", "attention/value"]
+    assert list(quantized_leaves(stam(0.1, mask=selection).init(params), params)) == [
+        "attention/query",
+        "attention/key",
+    ]

@@ -73,6 +73,7 @@ def _application() -> App:
         version_flags=[],
         suppress_keyboard_interrupt=False,
     )
+    app.meta.suppress_keyboard_interrupt = False
     for command in (train, compare, evaluate, report):
         app.command(command)
 

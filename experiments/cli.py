@@ -10,7 +10,7 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts import config as cyclopts_config
 from rich.console import Console
 
-from experiments.config import CompareSettings, Output, SettingsError, TrainSettings
+from experiments.config import CompareSettings, DivergedError, Output, SettingsError, TrainSettings
 
 _TRAIN, _COMPARE = TrainSettings(), CompareSettings()
 
@@ -71,7 +71,9 @@ def _application() -> App:
         name="python -m experiments",
         help="Train networks with binary weights and see how the methods compare.",
         version_flags=[],
+        suppress_keyboard_interrupt=False,
     )
+    app.meta.suppress_keyboard_interrupt = False
     for command in (train, compare, evaluate, report):
         app.command(command)
 
@@ -101,9 +103,19 @@ def _call(app: App, arguments: Sequence[str] | None) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 2 for a wrong setting, told in one line."""
+    """Run the command line; return the exit code.
+
+    It is 2 for a wrong setting, told in one line; 1 where training diverged, or `evaluate` finds another
+    accuracy than was recorded; 130 for an interrupt.
+    """
     try:
         return _call(_application(), arguments)
     except (CycloptsError, SettingsError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except DivergedError as error:
+        print(f"error: training diverged. {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is in the run's folder.", file=sys.stderr)
+        return 130

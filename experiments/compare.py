@@ -55,6 +55,7 @@ def _run_all(
     jobs: Sequence[tuple[Trainer, TrainSettings, Path]], folder: Path, console: Console
 ) -> list[Row]:
     """Train each; write the results, after every run, and the picture; print the table."""
+    console.print(f"Folder:  {folder}", soft_wrap=True, highlight=False)
     rows: list[Row] = []
     metrics: dict[str, list[Any]] = {}
     columns = (
@@ -106,15 +107,16 @@ def print_results(rows: Sequence[Row], console: Console) -> None:
     seeds = max(len(group) for group in groups.values())
     spread = f"; mean and standard deviation over {seeds} seeds" if seeds > 1 else ""
     table = Table(
-        title=f"Accuracy in % on the test images, looked at once{spread}",
+        title=f"Accuracy in % on the test images, after the last epoch{spread}",
         title_justify="left",
         box=rich.box.SIMPLE_HEAD,
     )
     table.add_column("method")
     for title in (
         "hard",
-        "hard, running\nstatistics",
         "relaxed",
+        "hard, running\nstatistics",
+        "relaxed, running\nstatistics",
         "binary\nweights",
         "bytes,\nfloat",
         "bytes,\npacked",
@@ -125,8 +127,9 @@ def print_results(rows: Sequence[Row], console: Console) -> None:
         table.add_row(
             method,
             percent(group, "hard_accuracy"),
-            percent(group, "hard_accuracy_running_statistics"),
             percent(group, "relaxed_accuracy"),
+            percent(group, "hard_accuracy_running_statistics"),
+            percent(group, "relaxed_accuracy_running_statistics"),
             f"{group[0]['binary_share']:.1%}",
             f"{group[0]['bytes_float']:,}",
             "-" if group[0]["bytes_packed"] is None else f"{group[0]['bytes_packed']:,}",
@@ -134,8 +137,8 @@ def print_results(rows: Sequence[Row], console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "hard: the binary network, its batch-norm statistics estimated anew on training images; "
-        "relaxed: the network as it was trained.",
+        "hard: the binary network, to evaluate and ship; relaxed: the network as trained (float for float).\n"
+        "Batch-norm statistics are estimated anew on training images, or run along with training (running).",
         highlight=False,
     )
 
@@ -174,7 +177,10 @@ def evaluate(folder: Path, console: Console) -> list[Row]:
             {"run": str(place), "accuracy": accuracy, "recorded": recorded, "same": accuracy == recorded}
         )
     if not rows:
-        raise SettingsError(f"{folder} holds no {runs.PACKED}: float runs have no binary network.")
+        raise SettingsError(
+            f"{folder} holds no {runs.PACKED}: its runs are of the float network, or did not finish, "
+            "or their weights were not kept."
+        )
     table = Table(box=rich.box.SIMPLE_HEAD)
     for title in ("run", "accuracy of the packed file", "recorded", ""):
         table.add_column(title)

@@ -24,7 +24,7 @@ def _whole(kind: Any, tokens: Sequence[Token]) -> int:
 
 
 _COUNT = Parameter(converter=_whole, validator=Number(gte=1))
-_SEED = Parameter(converter=_whole, validator=Number(gte=0))
+_SEED = Parameter(converter=_whole, validator=Number(gte=0, lt=2**32))
 _POSITIVE = Parameter(validator=Number(gt=0, lt=math.inf))
 _AT_LEAST_0 = Parameter(validator=Number(gte=0, lt=math.inf))
 _SHARE = Parameter(validator=Number(gte=0, lte=1))
@@ -32,6 +32,10 @@ _SHARE = Parameter(validator=Number(gte=0, lte=1))
 
 class SettingsError(ValueError):
     """Settings that are each well-formed but do not go together; one line for the user."""
+
+
+class DivergedError(ArithmeticError):
+    """A run whose loss is no longer a number."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +67,7 @@ class Settings:
     hard_from: Annotated[float, _SHARE] = 0.75
     """Share of the run after which the relaxed methods train the binary network itself."""
     calibration_images: Annotated[int, _COUNT] = 5000
-    """Training images (at most) on which batch-norm statistics are estimated for the binary network."""
+    """Training images (at most) on which batch-norm statistics are estimated anew for evaluation."""
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON takes them."""

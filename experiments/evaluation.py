@@ -65,14 +65,14 @@ def batch_statistics(
     return jax.tree.map(lambda *values: sum(values) / count, *batches)
 
 
-def checked_hard_params(opt_state: Any, params: Any) -> Any:
-    """`stam_jax.hard_params`, once every quantised leaf is seen to hold two values per scale group.
+def checked_leaves(opt_state: Any, params: Any) -> dict[str, stam_jax.QuantizedLeaf]:
+    """`stam_jax.quantized_leaves`, once every one is seen to hold two values per scale group.
 
     Raises:
-        AssertionError: if a leaf does not.
+        AssertionError: if one does not.
     """
-    hard = stam_jax.hard_params(opt_state, params)
-    for name, leaf in stam_jax.quantized_leaves(opt_state, params).items():
+    leaves = stam_jax.quantized_leaves(opt_state, params)
+    for name, leaf in leaves.items():
         if not leaf.quantizer.contains(leaf.hard):
             raise AssertionError(f"{name} is not binary: {np.unique(np.asarray(leaf.hard))[:5]}...")
-    return hard
+    return leaves

@@ -108,16 +108,16 @@ def _resnet8(dataset: Dataset, width: int, rngs: nnx.Rngs) -> nnx.Module:
 _BUILDERS: dict[ModelName, Callable[[Dataset, int, nnx.Rngs], nnx.Module]] = {"resnet8": _resnet8}
 
 
-def build(name: ModelName, dataset: Dataset, *, width: int, seed: int) -> nnx.Module:
-    """The network of that name for an image set, with initial weights drawn from the seed.
+def build(name: ModelName, dataset: Dataset, *, width: int, key: jax.Array) -> nnx.Module:
+    """The network of that name for an image set, with initial weights drawn from a key.
 
     Args:
         name: which network.
         dataset: the images it is for: their channels, classes, mean and deviation.
         width: channels of the first stage.
-        seed: of the initial weights.
+        key: random key of the initial weights.
 
     Returns:
         A network whose call takes images and the keyword `train`.
     """
-    return _BUILDERS[name](dataset, width, nnx.Rngs(seed))
+    return _BUILDERS[name](dataset, width, nnx.Rngs(key))

@@ -12,12 +12,17 @@ def choose(params: Any, settings: TrainSettings) -> stam_jax.Selection:
     """The kernels to quantise: all but those excluded.
 
     Raises:
-        SettingsError: if a rule of `settings.exclude` does not fit the network.
+        SettingsError: if a rule of `settings.exclude` does not fit the network, or nothing is left.
     """
     try:
-        return stam_jax.select(params, exclude=settings.exclude)
+        selection = stam_jax.select(params, exclude=settings.exclude)
     except ValueError as error:
         raise SettingsError(f"--exclude: {error}") from error
+    if not any(row.quantized for row in selection.rows):
+        raise SettingsError(
+            "--exclude: that leaves no kernel binary; for a float network use --method float."
+        )
+    return selection
 
 
 def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int, epoch: int) -> Any:

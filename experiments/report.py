@@ -40,14 +40,14 @@ def _section(folder: Path) -> str:
     place = folder.relative_to(ROOT).as_posix()
     lines = [
         f"**{settings['model']} on {settings['dataset']}**, {settings['epochs']} epochs, batches of "
-        f"{settings['batch_size']}; test images, looked at once, after the last epoch; mean and standard "
-        f"deviation over seeds {', '.join(map(str, settings['seeds']))}; {environment['machine']}, "
-        f"jax {environment['packages']['jax']}. `python -m experiments compare --config "
-        f"{place}/{runs.CONFIG}`:",
+        f"{settings['batch_size']}; accuracy in % on the test images, after the last epoch; mean and "
+        f"standard deviation over seeds {', '.join(map(str, settings['seeds']))} on one split; "
+        f"{environment['machine']}, jax {environment['packages']['jax']}. `python -m experiments compare "
+        f"--config {place}/{runs.CONFIG}`:",
         "",
-        "| method | binary network, % | as trained (relaxed), % | binary weights | bytes, float "
-        "| bytes, packed | s per run |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| method | hard (binary) | relaxed (as trained) | hard, running statistics "
+        "| relaxed, running statistics | binary weights | bytes, float | bytes, packed |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
         *(_line(method, group) for method, group in groups.items()),
     ]
     if (folder / runs.CURVES).is_file():
@@ -61,10 +61,11 @@ def _line(method: str, group: list[Mapping[str, Any]]) -> str:
         method,
         percent(group, "hard_accuracy"),
         percent(group, "relaxed_accuracy"),
+        percent(group, "hard_accuracy_running_statistics"),
+        percent(group, "relaxed_accuracy_running_statistics"),
         f"{group[0]['binary_share']:.1%}",
         f"{group[0]['bytes_float']:,}",
         "-" if packed is None else f"{packed:,}",
-        f"{sum(row['seconds'] for row in group) / len(group):.0f}",
     )
     return f"| {' | '.join(cells)} |"
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 import stam_jax
 from experiments import evaluation, files, models, optimizers, runs
-from experiments.config import SettingsError, TrainSettings
+from experiments.config import DivergedError, SettingsError, TrainSettings
 from experiments.data import Dataset, Split
 
 
@@ -52,7 +52,7 @@ class Trainer:
             )
         self.settings, self.dataset = settings, dataset
         self.steps_per_epoch = len(dataset.train.labels) // settings.batch_size
-        params, _ = self._initial(seed=0)
+        self.graph, params, _ = self._build(jax.random.key(0))
         self.selection = optimizers.choose(params, settings)
         self.optimizer = optimizers.build(
             settings,
@@ -62,10 +62,11 @@ class Trainer:
         )
         self._step = jax.jit(self._advance, donate_argnums=0)
 
-    def _initial(self, seed: int) -> tuple[Any, Any]:
-        network = models.build(self.settings.model, self.dataset, width=self.settings.width, seed=seed)
-        self.graph, params, stats = nnx.split(network, nnx.Param, nnx.BatchStat)
-        return params, stats
+    def _build(self, key: jax.Array) -> tuple[Any, Any, Any]:
+        """The graph of the network, its weights, and its batch-norm statistics."""
+        network = models.build(self.settings.model, self.dataset, width=self.settings.width, key=key)
+        graph, params, stats = nnx.split(network, nnx.Param, nnx.BatchStat)
+        return graph, params, stats
 
     def _advance(
         self, state: State, key: jax.Array, train: Split, chosen: jax.Array
@@ -95,13 +96,16 @@ class Trainer:
 
         Returns:
             The row of results.
+
+        Raises:
+            DivergedError: if the loss of an epoch is not a finite number.
         """
         start = time.perf_counter()
-        params, stats = self._initial(seed)
+        init_key, key = jax.random.split(jax.random.key(seed))
+        _, params, stats = self._build(init_key)
         state = State(params, stats, self.optimizer.init(params))
-        key = jax.random.key(seed)
         train = jax.device_put(self.dataset.train)
-        hard = self._hard_leaves(state)
+        leaves = self._leaves(state)
         for epoch in range(self.settings.epochs):
             order_key, step_key = jax.random.split(jax.random.fold_in(key, epoch))
             order = np.asarray(jax.random.permutation(order_key, len(train.labels)))
@@ -110,13 +114,22 @@ class Trainer:
                 chosen = order[i * self.settings.batch_size : (i + 1) * self.settings.batch_size]
                 state, value = self._step(state, jax.random.fold_in(step_key, i), train, chosen)
                 losses.append(value)
-            before, hard = hard, self._hard_leaves(state)
+            loss = float(np.mean(jax.device_get(losses)))
+            if not np.isfinite(loss):
+                raise DivergedError(
+                    f"{self.settings.method}, seed {seed}: the loss is {loss} in epoch {epoch + 1}. "
+                    "A smaller --learning-rate may help."
+                )
+            before, leaves = leaves, self._leaves(state)
             metrics = {
                 "epoch": epoch + 1,
                 "step": (epoch + 1) * self.steps_per_epoch,
-                "loss": float(np.mean(jax.device_get(losses))),
-                **self._validate(state),
-                "sign_flips": float(stam_jax.sign_flips(before, hard)) if hard else None,
+                "loss": loss,
+                **self._accuracies(state, leaves, self.dataset.validation),
+                "quantisation_gap": (
+                    float(stam_jax.quantisation_gap(state.opt_state, state.params)) if leaves else None
+                ),
+                "sign_flips": (float(stam_jax.sign_flips(_hard(before), _hard(leaves))) if leaves else None),
                 "seconds": time.perf_counter() - start,
             }
             runs.append_metrics(folder / runs.METRICS, metrics)
@@ -125,10 +138,14 @@ class Trainer:
         row |= {"seed": seed, "seconds": time.perf_counter() - start}
         return row
 
-    def _accuracy(self, params: Any, stats: Any, split: Split) -> float:
-        return evaluation.accuracy(self.graph, params, stats, split)
+    def _leaves(self, state: State) -> dict[str, stam_jax.QuantizedLeaf]:
+        """The binary leaves, seen to be binary; none in a float run."""
+        if self.settings.method == "float":
+            return {}
+        return evaluation.checked_leaves(state.opt_state, state.params)
 
     def _calibrated(self, params: Any, stats: Any) -> Any:
+        """Batch-norm statistics estimated anew for some weights."""
         return evaluation.batch_statistics(
             self.graph,
             params,
@@ -138,73 +155,66 @@ class Trainer:
             batch_size=self.settings.batch_size,
         )
 
-    @property
-    def is_float(self) -> bool:
-        """Whether nothing is quantised."""
-        return self.settings.method == "float"
+    def _accuracies(
+        self, state: State, leaves: dict[str, stam_jax.QuantizedLeaf], split: Split
+    ) -> dict[str, float | None]:
+        """Accuracy of the relaxed (or float) network and of the binary one.
 
-    def _hard_leaves(self, state: State) -> dict[str, jax.Array]:
-        """The binary weights alone, by name."""
-        if self.is_float:
-            return {}
-        leaves = stam_jax.quantized_leaves(state.opt_state, state.params)
-        return {name: leaf.hard for name, leaf in leaves.items()}
-
-    def _validate(self, state: State) -> dict[str, Any]:
-        """Accuracy on the validation images, of the relaxed and of the binary network, and their gap."""
-        validation = self.dataset.validation
-        relaxed = self._accuracy(state.params, state.stats, validation)
-        if self.is_float:
-            return {"relaxed_accuracy": relaxed, "hard_accuracy": None, "quantisation_gap": None}
-        hard = evaluation.checked_hard_params(state.opt_state, state.params)
-        stats = self._calibrated(hard, state.stats)
-        return {
-            "relaxed_accuracy": relaxed,
-            "hard_accuracy": self._accuracy(hard, stats, validation),
-            "quantisation_gap": float(stam_jax.quantisation_gap(state.opt_state, state.params)),
-        }
+        Each with batch-norm statistics estimated anew for its weights, which treats all alike, and with those
+        that ran along in training.
+        """
+        networks = {"relaxed": state.params}
+        if leaves:
+            networks["hard"] = stam_jax.hard_params(state.opt_state, state.params)
+        measured: dict[str, float | None] = {}
+        for name in ("relaxed", "hard"):
+            for title, calibrate in (("accuracy", True), ("accuracy_running_statistics", False)):
+                accuracy = None
+                if name in networks:
+                    params = networks[name]
+                    stats = self._calibrated(params, state.stats) if calibrate else state.stats
+                    accuracy = evaluation.accuracy(self.graph, params, stats, split)
+                measured[f"{name}_{title}"] = accuracy
+        return measured
 
     def _judge(self, state: State, folder: Path) -> dict[str, Any]:
-        """Write the weights, read the binary ones back, and measure on the test images."""
-        test = self.dataset.test
+        """Measure on the test images; write the weights; see that the file holds the network measured."""
+        leaves = self._leaves(state)
         relaxed = {**files.to_arrays(state.params), **files.to_arrays(state.stats)}
-        weights = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         row = {
             "method": self.settings.method,
-            "relaxed_accuracy": self._accuracy(state.params, state.stats, test),
-            "hard_accuracy": None,
-            "hard_accuracy_running_statistics": None,
+            **self._accuracies(state, leaves, self.dataset.test),
             "binary_share": 0.0,
             "bytes_float": files.save_float(folder / runs.RELAXED, relaxed),
             "bytes_packed": None,
         }
-        if self.is_float:
+        if not leaves:
             return row
-        hard = evaluation.checked_hard_params(state.opt_state, state.params)
+        hard = stam_jax.hard_params(state.opt_state, state.params)
         stats = self._calibrated(hard, state.stats)
-        leaves = stam_jax.quantized_leaves(state.opt_state, state.params)
         arrays = {**files.to_arrays(hard), **files.to_arrays(stats)}
-        row["bytes_packed"] = files.save_packed(folder / runs.PACKED, arrays, leaves)
-        read_back = files.load_packed(folder / runs.PACKED)
-        for name, array in arrays.items():
-            if not np.array_equal(array, read_back[name]):
-                raise AssertionError(f"{name} does not come back from {runs.PACKED} as it was.")
-        binary = files.binary_weights(folder / runs.PACKED)
-        row["binary_share"] = sum(binary.values()) / weights
-        row["hard_accuracy"] = self._accuracy(
-            files.from_arrays(read_back, hard), files.from_arrays(read_back, stats), test
-        )
-        row["hard_accuracy_running_statistics"] = self._accuracy(hard, state.stats, test)
+        path = folder / runs.PACKED
+        row["bytes_packed"] = files.save_packed(path, arrays, leaves)
+        weights = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        row["binary_share"] = sum(files.binary_weights(path).values()) / weights
+        if self.judge_file(path) != row["hard_accuracy"]:
+            raise AssertionError(f"{path} does not hold the network that was measured.")
         return row
 
     def judge_file(self, packed: Path) -> float:
         """The accuracy on the test images of the binary network in a file of `files.save_packed`.
 
         Raises:
-            ValueError: if the file holds another network.
+            SettingsError: if the file holds another network.
         """
-        params, stats = self._initial(seed=0)
+        _, params, stats = self._build(jax.random.key(0))
         arrays = files.load_packed(packed)
-        return self._accuracy(
-            files.from_arrays(arrays, params), files.from_arrays(arrays, stats), self.dataset.test
-        )
+        try:
+            params, stats = files.from_arrays(arrays, params), files.from_arrays(arrays, stats)
+        except ValueError as error:
+            raise SettingsError(f"{packed} holds another network: {error}") from error
+        return evaluation.accuracy(self.graph, params, stats, self.dataset.test)
+
+
+def _hard(leaves: dict[str, stam_jax.QuantizedLeaf]) -> dict[str, jax.Array]:
+    return {name: leaf.hard for name, leaf in leaves.items()}

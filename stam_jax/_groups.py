@@ -14,13 +14,9 @@ class Groups:
     """A division of an array into groups that share one scale each; what the quantisers have in common.
 
     Args:
-        scale: which weights share one: those of an output channel (`"channel"`), of the whole array
-            (`"tensor"`), of `group` neighbours along the input axis (`"group"`); or `None`: the scale is 1.
-        axis: the output-channel axis for `scale="channel"` and `"group"`: -1 for Flax's kernels (the
-            default; their input axis is -2), 0 for Equinox's and PyTorch's weights (their input axis is 1). A
-            kernel of shape (inputs, heads, size) has one scale per index of that one axis, shared by the
-            heads.
-        group: how many neighbours for `scale="group"`; an array with fewer inputs is one group along them.
+        scale: which weights share a scale; see `stam_jax.Binary`.
+        axis: the output-channel axis.
+        group: how many neighbours along the input axis share a scale where `scale="group"`.
     """
 
     scale: Scale = "channel"

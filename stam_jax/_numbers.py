@@ -19,14 +19,15 @@ def check(
     low: float = 0.0,
     high: float = math.inf,
     finite: bool = False,
+    schedule: bool = True,
 ) -> None:
-    """Raise unless `value` is a schedule, a traced or device scalar, or a number in [low, high].
+    """Raise unless `value` is a schedule (where allowed), a traced scalar, or a number in [low, high].
 
     Values of schedules and of traced scalars are not known here; they are the caller's to keep in range.
     """
     bound = f"[{low:g}, {'inf' if math.isinf(high) else format(high, 'g')}{')' if finite else ']'}"
-    expected = f"a number in {bound} or a schedule (step count -> number)"
-    if callable(value):
+    expected = f"a number in {bound}" + (" or a schedule (step count -> number)" if schedule else "")
+    if schedule and callable(value):
         return
     is_number = isinstance(value, (numbers.Real, np.ndarray, jax.Array))
     if isinstance(value, bool) or not is_number:

@@ -66,8 +66,8 @@ class StamState(NamedTuple):
 
 
 def _default_strength(count: jax.typing.ArrayLike) -> jax.Array:
-    """The strength 1.01^k: from halfway to 99.9% of the way in 700 steps; then hard."""
-    return jnp.power(1.01, count)
+    """The strength 1.01^k - 1: from float to 99.9% of the way in 700 steps; then hard."""
+    return jnp.power(1.01, count) - 1
 
 
 def stam(
@@ -78,8 +78,8 @@ def stam(
     relaxation: Relaxation | None = None,
     regularizer: Regularizer | None = None,
     regularizer_penalty: ScalarOrSchedule = math.inf,
-    inertia: ScalarOrSchedule = 1.0,
-    project: Literal["first", "last"] = "first",
+    inertia: ScalarOrSchedule | None = None,
+    project: Literal["first", "last"] | None = None,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Stochastic three-block alternating minimisation, for weights from a quantised set Q.
@@ -100,30 +100,34 @@ def stam(
     and the sign itself, so it stands last in a chain. Leaves that are not quantised take the plain step
     $-\eta d$.
 
-    With `inertia=0.` and a `penalty` this is proximal STAM: the three blocks are minimised exactly in turn,
-    for plain minibatch gradients $\mathbf{E}|R| \le \varepsilon$ is reached in $O(\varepsilon^{-4})$
-    steps, and the state is a counter. Momentum, Adam and inertia lie outside of that theorem; in practice
-    they, and a relaxation that ends hard, train better networks. These are this project's formulation and
-    derivation: the publication's own iteration was not available to it.
+    With a `penalty` this is proximal STAM: y and z are minimised exactly in turn, and x takes one proximal
+    step along the stochastic gradient. For plain minibatch gradients, constant finite $\rho$ and $\tau$ and a
+    step of order $K^{-1/2}$, the stationarity residual falls below $\varepsilon$ within
+    $K = O(\varepsilon^{-4})$ steps, and the state is a counter. Without a penalty it is inertial STAM, which
+    keeps a float copy of the weights; its default ends hard. Momentum, Adam, growing penalties and inertia
+    lie outside of that theorem. The iteration and the theorem are this project's own formulation of the
+    publication's model and rate, whose own iteration was not available to it; `docs/method.md` has both.
 
     Args:
         learning_rate: the step size $\eta$, at least 0. It, and every other number here, may be a schedule:
             a function from the step count (from 0) to a number.
         penalty: $\rho$, from 0 to infinity, of the squared-distance relaxation with
             $\lambda = \eta\rho/(1+\eta\tau)$, or $\eta\rho$ where $\tau = \infty$ or there is no
-            regulariser. Give it or `relaxation`, not both. By default the relaxation is the squared
-            distance with $\lambda = 1.01^k$ at step k, which is all but hard after some 700 steps; a longer
-            anneal, told in steps of your run, is mostly worth the line it takes.
+            regulariser: it fades with the step size. Give it or `relaxation`, not both. Without either the
+            relaxation is the squared distance with $\lambda = 1.01^k - 1$ at step k, which is all but hard
+            after some 700 steps; a longer anneal, told in steps of your run, is mostly worth its line.
         quantizer: the set Q and its projection.
         relaxation: the map from $(w^+, y^+)$ to $x^+$.
         regularizer: h; None for none.
         regularizer_penalty: $\tau$, from 0 to infinity.
         inertia: $\kappa$ in [0, 1], the share of $w - x$ carried over to the next step: 0 is the proximal
-            method, 1 the lazy update of BinaryConnect and BinaryRelax. The number 0 saves the copy of v.
-            Above 0 a step starts from v, so wrappers that move the parameters themselves, as
-            `optax.lookahead` does, want inertia 0.
+            method, 1 the lazy update of BinaryConnect and BinaryRelax. By default 0 with a `penalty`, which
+            at 1 would not pull at all, and 1 otherwise. The number 0 saves the copy of v. Above 0 a step
+            starts from v, not from the parameters: what else moves those, as `optax.lookahead` does, is
+            undone.
         project: `"first"`, $y^+ = P_Q(v)$: no noise of this step enters the projection; or `"last"`,
-            $y^+ = P_Q(w^+)$.
+            $y^+ = P_Q(w^+)$: the network trained in a hard phase is the one that ships, not the one of the
+            step before. By default first with a `penalty`, last otherwise.
         mask: which leaves are quantised: a tree of booleans like the parameters or a prefix of it, a
             `Selection`, or a function from the parameters to one of these; by default what `select` chooses.
             `optax.inject_hyperparams` takes any function for a schedule: give it `static_args=("mask",)`.
@@ -132,10 +136,10 @@ def stam(
         An `optax.GradientTransformationExtraArgs`; its `update` needs the parameters.
 
     Raises:
-        ValueError: for a number out of range, both `penalty` and `relaxation`, a `regularizer_penalty`
-            without a regulariser, or another word for `project`; in `init`, for a mask that does not cover
-            the parameters, or a leaf that the quantiser cannot take; in `update`, without parameters, or
-            with trees that do not match the one given to `init`.
+        ValueError: for a number out of range, both `penalty` and `relaxation`, neither of them without
+            inertia, a `regularizer_penalty` without a regulariser, or another word for `project`; in `init`,
+            for a mask that does not cover the parameters, or a leaf that the quantiser cannot take; in
+            `update`, without parameters, or with trees that do not match the one given to `init`.
         TypeError: for an argument of the wrong kind.
 
     Example:
@@ -158,14 +162,23 @@ def stam(
         deep neural networks, arXiv:2204.11065 (the model and the O(eps^-4) claim).
     """
     _numbers.check("stam", "learning_rate", learning_rate, finite=True)
+    if inertia is None:
+        inertia = 1.0 if penalty is None else 0.0
     _numbers.check("stam", "inertia", inertia, high=1.0)
+    is_lazy = not _numbers.is_fixed_at(inertia, 0)
+    if project is None:
+        project = "last" if penalty is None else "first"
     _numbers.check("stam", "regularizer_penalty", regularizer_penalty)
     if project not in ("first", "last"):
-        raise ValueError(f"stam: project must be 'first' or 'last'; got {project!r}.")
+        raise ValueError(f"stam: project must be 'first', 'last' or None; got {project!r}.")
     if penalty is not None and relaxation is not None:
         raise ValueError("stam: give penalty (rho of the squared distance) or relaxation, not both.")
     if penalty is not None:
         _numbers.check("stam", "penalty", penalty)
+    elif relaxation is None and not is_lazy:
+        raise ValueError(
+            "stam: without inertia, give a penalty (rho of the squared distance) or a relaxation."
+        )
     elif relaxation is None:
         relaxation = SquaredDistance(lam=_default_strength)
     # `inject_hyperparams` hands over even the default as an array, so an array says nothing here.
@@ -177,7 +190,6 @@ def stam(
         _check_has("relaxation", relaxation, "at")
     if regularizer is not None:
         _check_has("regularizer", regularizer, "prox")
-    is_lazy = not _numbers.is_fixed_at(inertia, 0)
 
     def init(params: Any) -> StamState:
         chosen = _chosen(mask, params)
@@ -313,10 +325,10 @@ def _chosen(mask: Mask | None, params: Any) -> dict[str, bool]:
     if callable(mask):
         mask = mask(params)
     if isinstance(mask, Selection):
-        if [row.path for row in mask.rows] != list(_trees.named_leaves(params)):
+        if "" not in names and any(row.path == "" for row in mask.rows):
             raise ValueError(
-                "stam: mask is a Selection made for another tree, or called with a step count, as "
-                "optax.inject_hyperparams does unless it is given static_args=('mask',)."
+                "stam: mask is a Selection of a single array, as of a step count: optax.inject_hyperparams "
+                "takes a function for a schedule unless it is given static_args=('mask',)."
             )
         mask = mask.mask
     rules = _trees.named_leaves(mask)
@@ -332,8 +344,10 @@ def _chosen(mask: Mask | None, params: Any) -> dict[str, bool]:
         if rule is None:
             raise ValueError(f"stam: mask says nothing of the leaf {name!r}.")
         chosen[name] = bool(rules[rule])
+    holes = {name for name, leaf in names.items() if _trees.is_masked(leaf)}
     for rule in rules:
-        if rule not in used:
+        # A mask for the whole tree serves a part of it, in `optax.masked` and `optax.partition`.
+        if rule not in used and holes.isdisjoint(_prefixes(rule)):
             raise ValueError(
                 f"stam: mask speaks of {rule!r}, which the parameters do not hold; "
                 f"they hold {', '.join(names)}."
@@ -364,8 +378,8 @@ def _fitting(quantizer: Quantizer, name: str, leaf: jax.Array) -> Quantizer:
 def assigned_quantizers(state: StamState) -> dict[str, Quantizer | None]:
     """The quantiser of each leaf, by name."""
     is_assigned = lambda node: isinstance(node, Assigned)
-    nodes, _ = jax.tree_util.tree_flatten_with_path(state.quantizers, is_leaf=is_assigned)
-    return {_trees.path_name(path): node.quantizer for path, node in nodes if is_assigned(node)}
+    nodes, _ = _trees.flatten_named(state.quantizers, is_assigned)
+    return {name: node.quantizer for name, node in nodes.items() if is_assigned(node)}
 
 
 def _check_matching(updates: Any, params: Any, assigned: dict[str, Any]) -> None:

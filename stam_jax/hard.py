@@ -52,7 +52,10 @@ def quantized_leaves(opt_state: Any, params: Any) -> dict[str, QuantizedLeaf]:
     is_state = lambda node: isinstance(node, StamState)
     states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
     if not states:
-        raise ValueError("There is no StamState in opt_state: was it made by stam or one of its methods?")
+        raise ValueError(
+            "There is no StamState in opt_state. It must come from stam or one of its methods, and if it was "
+            "saved and restored, restored into a state of the same structure."
+        )
     found: dict[str, QuantizedLeaf] = {}
     for state in states:
         latents = None if state.latent is None else _trees.named_leaves(state.latent)
@@ -82,8 +85,9 @@ def hard_params(opt_state: Any, params: Any) -> Any:
 
     This is what to evaluate, save and ship. Every quantised leaf is projected afresh and so lies in Q
     exactly, as `quantizer.contains` confirms: with `Binary` it is alpha times +1 or -1, with one alpha
-    per group. (The parameters themselves approach Q but round: never test or ship those as binary.) Networks
-    with batch normalisation want its statistics estimated anew at these weights.
+    per group. (The parameters themselves approach Q but round, and with `project="first"` they are a step
+    behind: never test or ship those as binary.) Networks with batch normalisation want its statistics
+    estimated anew at these weights.
 
     Args:
         opt_state: an optimiser state that holds one or more states of `stam`, however deep; see

@@ -26,8 +26,8 @@ def binary_connect(
     $$w^+ = \mathrm{clip}(w - \eta d, -c, c), \qquad x^+ = P_Q(w^+).$$
 
     It is `stam` with inertia 1, the hard relaxation, projection last, and the box as an exact constraint.
-    Where the scales are not 1, as with `Binary(scale="channel")`, this is the scheme of XNOR-Net and
-    BWN with exact scales.
+    With `Binary(scale="channel")` the binary weights have XNOR-Net's scales, with gradients passed on as in
+    BinaryConnect.
 
     Args:
         learning_rate: the step size, a number or a schedule.
@@ -93,8 +93,8 @@ def binary_relax(
         An `optax.GradientTransformationExtraArgs`, to stand last in a chain.
 
     Raises:
-        ValueError, TypeError: as `stam`; ValueError also for a `growth_every` below 1, a negative
-            `hard_from`, or a `growth` below 1.
+        ValueError, TypeError: as `stam`; also for a `growth_every` or `growth` below 1, or a negative
+            `hard_from` or `strength`.
 
     Example:
         >>> import optax
@@ -108,18 +108,19 @@ def binary_relax(
     References:
         Yin et al., BinaryRelax, arXiv:1801.06313.
     """
-    if growth_every < 1:
-        raise ValueError(f"binary_relax: growth_every must be at least 1 step; got {growth_every!r}.")
-    if hard_from < 0:
-        raise ValueError(f"binary_relax: hard_from must be a step from 0; got {hard_from!r}.")
-    for name, value, low in (("strength", strength, 0.0), ("growth", growth, 1.0)):
-        _numbers.check("binary_relax", name, value, low=low, finite=True)
+    for name, value, low in (
+        ("growth_every", growth_every, 1),
+        ("hard_from", hard_from, 0),
+        ("strength", strength, 0),
+        ("growth", growth, 1),
+    ):
+        _numbers.check("binary_relax", name, value, low=low, finite=True, schedule=False)
 
     def lam(count: jax.typing.ArrayLike) -> jax.Array:
         # Whole-number division: a quotient in float32 would be late by a step now and then.
-        factor = float(growth) ** jnp.floor_divide(count, growth_every)
+        factor = jnp.power(1.0 * growth, jnp.floor_divide(count, growth_every))
         # The factor may outgrow its type and be infinite, and 0 times that is not 0.
-        grown = strength * factor if strength else jnp.zeros_like(factor)
+        grown = jnp.where(strength == 0, 0.0, strength * factor)
         return jnp.where(jnp.asarray(count) < hard_from, grown, math.inf)
 
     return stam(

@@ -96,9 +96,10 @@ class Binary(_Coded):
             alpha = 1, BinaryConnect's.
         axis: the output-channel axis for `scale="channel"` and `"group"`: -1 for Flax's kernels (the
             default; their input axis is -2), 0 for Equinox's and PyTorch's weights (their input axis is 1). A
-            kernel of shape (inputs, heads, size) has one scale per index of that one axis, shared by the
-            heads.
-        group: how many neighbours for `scale="group"`; an array with fewer inputs is one group along them.
+            channel's scale is shared along all other axes: by the heads of a kernel of shape (inputs, heads,
+            size), and by the layers of a stack made by `vmap` or `scan`.
+        group: how many neighbours for `scale="group"`, at one place of the other axes; an array with fewer
+            inputs is one group along them.
 
     Raises:
         ValueError: if `scale` is none of the four, or `group` does not go with it; on projecting, if

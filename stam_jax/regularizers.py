@@ -21,12 +21,6 @@ class Regularizer(Protocol):
         ...
 
 
-def _check_number(where: str, name: str, value: float) -> None:
-    if callable(value):
-        raise TypeError(f"{where}: {name} must be a number; got the schedule {value!r}.")
-    _numbers.check(where, name, value, finite=True)
-
-
 @dataclasses.dataclass(frozen=True)
 class Box:
     r"""BinaryConnect's clipping: h is the indicator of $|z_i| \le$ `limit`.
@@ -50,7 +44,7 @@ class Box:
     limit: float = 1.0
 
     def __post_init__(self):
-        _check_number("Box", "limit", self.limit)
+        _numbers.check("Box", "limit", self.limit, finite=True, schedule=False)
 
     def prox(self, v: jax.Array, step: jax.typing.ArrayLike) -> jax.Array:
         """The nearest point of the box, whatever the step."""
@@ -79,7 +73,7 @@ class Ridge:
     strength: float = 1e-4
 
     def __post_init__(self):
-        _check_number("Ridge", "strength", self.strength)
+        _numbers.check("Ridge", "strength", self.strength, finite=True, schedule=False)
 
     def prox(self, v: jax.Array, step: jax.typing.ArrayLike) -> jax.Array:
         """The shrunken point v / (1 + step * strength)."""

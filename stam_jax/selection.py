@@ -14,8 +14,8 @@ from stam_jax import _trees
 Rule = str | Callable[[str, Any], bool]
 
 _BIAS = re.compile(r"^(.*_)?bias$")
-_NORM = re.compile(r"(norm|^bn|^ln)(_?\d+)?$|^scale$")
-_EMBEDDING = re.compile(r"embed")
+_NORM = re.compile(r"(norm|^bn|^ln)(_?\d+)?$")
+_EMBEDDING = re.compile(r"embed|(^|_)emb$|^w[tp]e$")
 # Layer classes whose kernels are laid out (..., inputs, outputs), by the name they give them.
 _INPUTS_THEN_OUTPUTS = re.compile(r"^(kernel|w)$")
 
@@ -46,18 +46,21 @@ class Selection:
     Args:
         mask: a tree of booleans with the structure of the parameters.
         rows: one `Row` per leaf, in the tree's order.
+        bits: bits per quantised weight, for the table.
     """
 
     mask: Any
     rows: tuple[Row, ...]
+    bits: int = 1
 
     def __repr__(self) -> str:
+        kind = "binary" if self.bits == 1 else f"{self.bits} bits"
         head = ("path", "shape", "weights", "bits", "why")
         cells = [
             (
                 row.path,
                 "x".join(map(str, row.shape)) or "scalar",
-                "binary" if row.quantized else "float",
+                kind if row.quantized else "float",
                 f"{row.bits:,}",
                 row.why,
             )
@@ -76,7 +79,7 @@ class Selection:
         chosen = sum(math.prod(row.shape) for row in self.rows if row.quantized)
         lines.append(
             f"{chosen:,} of {weights:,} weights in {sum(row.quantized for row in self.rows)} of "
-            f"{len(self.rows)} leaves are binary."
+            f"{len(self.rows)} leaves are {'binary' if self.bits == 1 else 'quantised'}."
         )
         return "\n".join(lines)
 
@@ -91,7 +94,8 @@ def select(
     """Choose the leaves to quantise.
 
     By default these are the floating-point leaves of rank 2 or more, except biases, parameters of
-    normalisation layers and embeddings, which are told by their names. Rules change that. A rule is
+    normalisation layers and embeddings. Those are told by the names of the leaf and its layer, which may err
+    in networks that name them in their own ways: print the selection. Rules change it. A rule is
 
     * a pattern over paths, with the wildcards of the shell: `"head/*"`, `"*/conv1/kernel"`; `*` matches
       slashes too;
@@ -131,14 +135,16 @@ def select(
         head/kernel  8x10     float    2,560  exclude 'last'
         72 of 160 weights in 1 of 3 leaves are binary.
     """
-    leaves = _trees.named_leaves(params)
+    everything = _trees.named_leaves(params, holes=True)
+    leaves = {name: leaf for name, leaf in everything.items() if not _trees.is_masked(leaf)}
+    holes = [name for name in everything if name not in leaves]
     decided = {name: _default(name, leaf) for name, leaf in leaves.items()}
     kernels = {name: leaves[name] for name, (chosen, _) in decided.items() if chosen}
     claims: dict[str, str] = {}
     for verb, rules in (("include", _as_rules(include)), ("exclude", _as_rules(exclude))):
         for rule in rules:
             label = f"{verb} {rule!r}" if isinstance(rule, str) else f"{verb} {_label(rule)}"
-            for name in _matches(rule, verb, leaves, kernels):
+            for name in _matches(rule, verb, leaves, kernels, holes):
                 if name in claims:
                     raise ValueError(
                         f"select: two rules claim the leaf {name!r}: {claims[name]} and {label}. "
@@ -162,7 +168,7 @@ def select(
         for name, leaf in leaves.items()
     )
     mask = _trees.map_named(lambda name, _: decided[name][0], params)
-    return Selection(mask=mask, rows=rows)
+    return Selection(mask=mask, rows=rows, bits=bits)
 
 
 def _default(name: str, leaf: Any) -> tuple[bool, str]:
@@ -177,10 +183,12 @@ def _default(name: str, leaf: Any) -> tuple[bool, str]:
         return False, f"rank {len(leaf.shape)}"
     if _BIAS.search(keys[-1]):
         return False, "bias"
-    if any(_NORM.search(key) for key in keys):
+    # By the leaf's own name and its layer's, not by those of the modules around; and a kernel is a kernel,
+    # that of a patch embedding too.
+    layer = keys[-2:] if keys[-1] != "kernel" else []
+    if keys[-1] == "scale" or any(_NORM.search(key) for key in layer):
         return False, "normalisation"
-    # A table, that is; the kernel of a patch embedding is a kernel.
-    if keys[-1] != "kernel" and any(_EMBEDDING.search(key) for key in keys):
+    if any(_EMBEDDING.search(key) for key in layer):
         return False, "embedding"
     return True, f"kernel of rank {len(leaf.shape)}"
 
@@ -193,7 +201,9 @@ def _label(rule: Any) -> str:
     return getattr(rule, "__name__", repr(rule))
 
 
-def _matches(rule: Rule, verb: str, leaves: dict[str, Any], kernels: dict[str, Any]) -> tuple[str, ...]:
+def _matches(
+    rule: Rule, verb: str, leaves: dict[str, Any], kernels: dict[str, Any], holes: list[str]
+) -> tuple[str, ...]:
     """The names of the leaves that one rule matches."""
     if not (isinstance(rule, str) or callable(rule)):
         raise TypeError(
@@ -205,6 +215,8 @@ def _matches(rule: Rule, verb: str, leaves: dict[str, Any], kernels: dict[str, A
         return (_end(rule, kernels),)
     if isinstance(rule, str):
         found = tuple(name for name in leaves if fnmatch.fnmatchcase(name, rule))
+        if not found and any(fnmatch.fnmatchcase(name, rule) for name in holes):
+            return ()  # It speaks of a part that `optax.masked` or `optax.partition` keeps from here.
     else:
         found = tuple(name for name, leaf in leaves.items() if rule(name, leaf))
     if not found:

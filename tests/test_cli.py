@@ -132,6 +132,8 @@ def test_evaluate_says_when_a_file_does_not_do_as_it_did(comparison, tmp_path, c
         (["train", "--config", "missing.json"], "--config: cannot read missing.json"),
         (["compare", "--methods", "stam", "stam"], "--methods: give at least one, and none twice"),
         (["compare", "--seeds", "0", "-1"], '"-1" for --seeds'),
+        (["train", "--seed", "4294967296"], '"4294967296" for --seed'),
+        (["train", "--exclude", "*kernel"], "leaves no kernel binary"),
         (["evaluate", "missing"], "missing is not the folder of a run"),
         (["evaluate"], "requires an argument"),
         (["report", "missing.md"], "There is no page missing.md"),
@@ -158,6 +160,32 @@ def test_a_wrong_config_gets_one_clear_line_and_writes_nothing(contents, tmp_pat
     assert main(["train", "--config", "config.json"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_evaluate_refuses_files_of_another_network(comparison, tmp_path, capsys):
+    folder, _ = comparison
+    for path in (folder / "stam-seed0").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"width": 3}))
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert "packed.safetensors holds another network" in capsys.readouterr().err
+    (tmp_path / "packed.safetensors").unlink()
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert "did not finish" in capsys.readouterr().err
+
+
+def test_divergence_and_interrupts_have_exit_codes_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *TINY, "--learning-rate", "1e30"]) == 1
+    assert "error: training diverged. stam, seed 0: the loss is nan" in capsys.readouterr().err
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.compare.train", interrupted)
+    assert main(["train", *TINY]) == 130
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_options_win_over_the_config(tmp_path, monkeypatch, capsys):

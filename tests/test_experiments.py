@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 import stam_jax
 from experiments import data, evaluation, files, models, optimizers, plots, report
-from experiments.config import SettingsError, TrainSettings
+from experiments.config import DivergedError, SettingsError, TrainSettings
 from experiments.training import Trainer
 
 
@@ -24,7 +24,7 @@ def digits() -> data.Dataset:
 
 @pytest.fixture(scope="module")
 def network(digits: data.Dataset) -> nnx.Module:
-    return models.build("resnet8", digits, width=4, seed=0)
+    return models.build("resnet8", digits, width=4, key=jax.random.key(0))
 
 
 def rows(images: np.ndarray) -> list[bytes]:
@@ -79,7 +79,7 @@ def test_augmentation_mirrors_only_where_asked(digits):
 
 
 def test_resnet8_has_the_parameters_of_its_eight_layers(digits):
-    params = nnx.state(models.build("resnet8", digits, width=16, seed=0), nnx.Param)
+    params = nnx.state(models.build("resnet8", digits, width=16, key=jax.random.key(0)), nnx.Param)
     sizes = {name: array.size for name, array in files.to_arrays(params).items()}
     kernels = sum(size for name, size in sizes.items() if name.endswith("kernel"))
     # 3x3: stem, two convolutions per stage; 1x1: the two shortcuts; the head.
@@ -145,7 +145,7 @@ def test_hard_weights_that_are_not_binary_are_refused(network):
     params = nnx.state(network, nnx.Param)
     state = stam_jax.stam(0.1, quantizer=Liar()).init(params)
     with pytest.raises(AssertionError, match="is not binary"):
-        evaluation.checked_hard_params(state, params)
+        evaluation.checked_leaves(state, params)
 
 
 @pytest.mark.parametrize("scale", ["channel", "tensor", None])
@@ -227,6 +227,23 @@ def test_settings_that_cannot_work_are_refused_before_training(digits):
         Trainer(TrainSettings(batch_size=1198), digits)
     with pytest.raises(SettingsError, match=r"--exclude: .*'nowhere' matches no leaf"):
         Trainer(TrainSettings(exclude=("nowhere",)), digits)
+    with pytest.raises(SettingsError, match="leaves no kernel binary"):
+        Trainer(TrainSettings(exclude=("*kernel",)), digits)
+
+
+def test_float_runs_are_evaluated_like_binary_ones(digits, tmp_path):
+    metrics = []
+    row = Trainer(TrainSettings(method="float", width=2, epochs=1), digits).run(0, tmp_path, metrics.append)
+    for measured in (row, metrics[0]):
+        assert measured["relaxed_accuracy"] is not None
+        assert measured["relaxed_accuracy_running_statistics"] is not None
+        assert measured["hard_accuracy"] is None
+
+
+def test_a_run_that_diverges_says_so(digits, tmp_path):
+    trainer = Trainer(TrainSettings(width=2, epochs=1, learning_rate=1e30), digits)
+    with pytest.raises(DivergedError, match="stam, seed 3: the loss is nan in epoch 1"):
+        trainer.run(3, tmp_path, lambda metrics: None)
 
 
 def test_the_picture_is_drawn_for_float_and_binary_runs(tmp_path):
@@ -250,7 +267,13 @@ def test_the_report_says_mean_and_deviation_of_the_kept_runs(tmp_path, monkeypat
     monkeypatch.setattr(report, "ROOT", tmp_path)
     folder = tmp_path / "results" / "one"
     folder.mkdir(parents=True)
-    common = {"binary_share": 0.5, "bytes_float": 1000, "bytes_packed": 100, "seconds": 2.0}
+    common = {
+        "hard_accuracy_running_statistics": 0.7,
+        "relaxed_accuracy_running_statistics": None,
+        "binary_share": 0.5,
+        "bytes_float": 1000,
+        "bytes_packed": 100,
+    }
     rows = [
         {"method": "stam", "hard_accuracy": hard, "relaxed_accuracy": 0.9, **common} for hard in (0.8, 0.9)
     ]
@@ -265,7 +288,7 @@ def test_the_report_says_mean_and_deviation_of_the_kept_runs(tmp_path, monkeypat
         (folder / name).write_text(json.dumps(value))
     page = "before\n" + report._BEGIN + "\nold\n" + report._END + "\nafter"
     text = report.updated(page, tmp_path / "results")
-    assert "| stam | 85.00 ± 7.07 | 90.00 ± 0.00 | 50.0% | 1,000 | 100 | 2 |" in text
+    assert "| stam | 85.00 ± 7.07 | 90.00 ± 0.00 | 70.00 ± 0.00 | - | 50.0% | 1,000 | 100 |" in text
     assert "old" not in text
     assert text.startswith("before\n")
     assert text.endswith("\nafter")

@@ -1,6 +1,6 @@
 """Which leaves are quantised: the default in every framework, the rules, and the printed report."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import flax.linen as nn
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from stam_jax import select
+from stam_jax import quantized_leaves, select, stam
 
 
 def tree(**shapes):
@@ -274,12 +274,12 @@ def test_the_printed_table_says_it_all():
         "-------------  -------  -------  -----  -------------------\n"
         "conv/bias      8        float      256  rank 1\n"
         "conv/kernel    3x3x1x8  float    2,304  exclude 'first'\n"
-        "head/bias      10       binary      20  include 'head/bias'\n"
-        "head/kernel    16x10    binary     320  kernel of rank 2\n"
-        "middle/kernel  8x16     binary     256  kernel of rank 2\n"
+        "head/bias      10       2 bits      20  include 'head/bias'\n"
+        "head/kernel    16x10    2 bits     320  kernel of rank 2\n"
+        "middle/kernel  8x16     2 bits     256  kernel of rank 2\n"
         "steps          2x2      float      128  dtype int32\n"
         "temperature    scalar   float       16  rank 0\n"
-        "298 of 383 weights in 3 of 7 leaves are binary."
+        "298 of 383 weights in 3 of 7 leaves are quantised."
     )
 
 
@@ -289,3 +289,38 @@ def test_a_name_alone_does_not_make_a_bias_or_an_embedding_of_a_kernel():
         "patch_embed": {"kernel": jnp.ones((3, 3, 3, 8))},
     }
     assert all(row.quantized for row in select(params).rows)
+
+
+@pytest.mark.parametrize(
+    "path", ["prenorm/attention/kernel", "conv_norm/conv/kernel", "scale/kernel", "embedder/mlp/weight"]
+)
+def test_the_modules_around_a_layer_do_not_make_its_kernel_a_norm_or_an_embedding(path):
+    assert select({path: jnp.ones((3, 3))}).rows[0].quantized
+
+
+@pytest.mark.parametrize(
+    "path", ["wte", "wpe", "pos_emb", "embedding", "embed/weight", "token_embedding/table"]
+)
+def test_tables_are_embeddings(path):
+    assert select({path: jnp.ones((3, 3))}).rows[0].why == "embedding"
+
+
+def test_a_leaf_called_value_among_others_keeps_its_name():
+    class Attention(NamedTuple):
+        query: Any
+        key: Any
+        value: Any
+
+    params = {"attention": Attention(jnp.ones((2, 2)), jnp.ones((2, 2)), jnp.ones((2, 2)))}
+    selection = select(params, exclude="attention/value")
+    assert [row.path for row in selection.rows] == ["attention/query", "attention/key", "attention/value"]
+    assert list(quantized_leaves(stam(0.1, mask=selection).init(params), params)) == [
+        "attention/query",
+        "attention/key",
+    ]
+
+
+def test_one_bit_is_called_binary():
+    printed = str(select({"kernel": jnp.ones((4, 8))}))
+    assert " binary " in printed
+    assert printed.endswith("32 of 32 weights in 1 of 1 leaves are binary.")

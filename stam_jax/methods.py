@@ -11,7 +11,7 @@ from stam_jax._numbers import ScalarOrSchedule
 from stam_jax._transform import Mask, stam
 from stam_jax.quantizers import Binary, Quantizer
 from stam_jax.regularizers import Box
-from stam_jax.relaxations import Hard, SquaredDistance
+from stam_jax.relaxations import Hard, L1Distance, SquaredDistance
 
 
 def binary_connect(
@@ -128,6 +128,63 @@ def binary_relax(
         quantizer=quantizer,
         relaxation=SquaredDistance(lam),
         inertia=1.0,
+        project="last",
+        mask=mask,
+    )
+
+
+def prox_quant(
+    learning_rate: ScalarOrSchedule,
+    *,
+    growth: float,
+    hard_from: int,
+    quantizer: Quantizer = Binary(scale=None),
+    clip: float | None = 1.0,
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""ProxQuant: a proximal gradient step on the l1 distance to Q, of a strength that grows with the steps.
+
+    $$w^+ = \mathrm{clip}(x - \eta d, -c, c), \qquad
+      x^+ = P_Q(w^+) + \mathrm{soft}(w^+ - P_Q(w^+), \eta\,\lambda_k)$$
+
+    with $\lambda_k = \text{growth} \cdot k$, and $x^+ = P_Q(w^+)$ from step `hard_from` on. It is `stam` with inertia 0, the l1-distance relaxation,
+    projection last, and the box as an exact constraint. It keeps no copy of the weights.
+
+    Args:
+        learning_rate: the step size, a number or a schedule.
+        growth: what the strength $\lambda$ grows by at each step.
+        hard_from: the step from which on the weights are quantised.
+        quantizer: the set Q; the paper's binary one is {-1, +1}.
+        clip: half the width c of the box; None for no clipping.
+        mask: which leaves are quantised, as in `stam`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`, to stand last in a chain.
+
+    Raises:
+        ValueError, TypeError: as `stam`; also for a negative `growth` or `hard_from`.
+
+    Example:
+        >>> import optax
+        >>> from stam_jax import prox_quant
+        >>> optimizer = optax.chain(optax.scale_by_adam(), prox_quant(1e-2, growth=1e-4, hard_from=60_000))
+
+    References:
+        Bai, Wang and Liberty, ProxQuant, arXiv:1810.00861.
+    """
+    for name, value in (("growth", growth), ("hard_from", hard_from)):
+        _numbers.check("prox_quant", name, value, finite=True, schedule=False)
+
+    def threshold(count: jax.typing.ArrayLike) -> jax.Array:
+        grown = _numbers.at(learning_rate, count) * growth * jnp.asarray(count)
+        return jnp.where(jnp.asarray(count) < hard_from, grown, math.inf)
+
+    return stam(
+        learning_rate,
+        quantizer=quantizer,
+        relaxation=L1Distance(threshold),
+        regularizer=None if clip is None else Box(clip),
+        inertia=0.0,
         project="last",
         mask=mask,
     )

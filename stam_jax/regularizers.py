@@ -78,3 +78,69 @@ class Ridge:
     def prox(self, v: jax.Array, step: jax.typing.ArrayLike) -> jax.Array:
         """The shrunken point v / (1 + step * strength)."""
         return v / (1 + step * self.strength)
+
+
+def soft_threshold(v: jax.Array, threshold: jax.typing.ArrayLike) -> jax.Array:
+    """The prox of threshold * |u|_1: each entry moved towards 0 by the threshold, and no further."""
+    return jnp.sign(v) * jnp.maximum(jnp.abs(v) - threshold, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class L1:
+    r"""Sparsity: $h(z) = \text{strength}\,|z|_1$.
+
+    Args:
+        strength: the weight of the norm.
+
+    Raises:
+        ValueError: if `strength` is not a finite number of at least 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from stam_jax import L1
+        >>> print(L1(2.0).prox(jnp.array([3.0, -0.1]), step=0.25))
+        [ 2.5 -0. ]
+    """
+
+    strength: float = 1e-4
+
+    def __post_init__(self):
+        _numbers.check("L1", "strength", self.strength, finite=True, schedule=False)
+
+    def prox(self, v: jax.Array, step: jax.typing.ArrayLike) -> jax.Array:
+        """The point moved towards 0 by step * strength, entry by entry."""
+        return soft_threshold(v, step * self.strength).astype(v.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupLasso:
+    r"""Sparsity by output channels: $h(z) = \text{strength} \sum_c |z_c|_2$.
+
+    Args:
+        strength: the weight of the norms.
+        axis: the output-channel axis: -1 for Flax's kernels, 0 for Equinox's and PyTorch's weights.
+
+    Raises:
+        ValueError: if `strength` is not a finite number of at least 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from stam_jax import GroupLasso
+        >>> print(GroupLasso(2.5).prox(jnp.array([[3.0, 0.1], [4.0, 0.1]]), step=1.0))
+        [[1.5 0. ]
+         [2.  0. ]]
+    """
+
+    strength: float = 1e-4
+    axis: int = -1
+
+    def __post_init__(self):
+        _numbers.check("GroupLasso", "strength", self.strength, finite=True, schedule=False)
+
+    def prox(self, v: jax.Array, step: jax.typing.ArrayLike) -> jax.Array:
+        """Each channel shortened by step * strength, to 0 at the shortest."""
+        axes = tuple(i for i in range(v.ndim) if i != self.axis % max(v.ndim, 1))
+        wide = jnp.promote_types(v.dtype, jnp.float32)
+        length = jnp.sqrt(jnp.sum(jnp.square(v.astype(wide)), axis=axes, keepdims=True))
+        kept = jnp.maximum(length - step * self.strength, 0)
+        return (v * jnp.where(length > 0, kept / jnp.where(length > 0, length, 1), 0)).astype(v.dtype)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from stam_jax import _numbers
 from stam_jax._numbers import ScalarOrSchedule
+from stam_jax.regularizers import soft_threshold
 
 RelaxationMap = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -94,6 +95,42 @@ class LinearBlend:
         """The map (w, y) -> x of step `count`."""
         theta = _numbers.at(self.theta, count)
         return lambda w, y: (1 - theta) * w + theta * y
+
+
+@dataclasses.dataclass(frozen=True)
+class L1Distance:
+    r"""ProxQuant's map, the prox of the l1 distance to Q: $x = y + \mathrm{soft}(w - y, \lambda)$.
+
+    For w in the cell of y it minimises $|u - w|^2/2 + \lambda\,|u - P_Q(u)|_1$ over u, with the scales of Q
+    held at those of y: the W-shaped penalty. Weights closer to Q than $\lambda$ are set to it exactly.
+
+    Args:
+        lam: the threshold, from 0 (float) to infinity (hard), in the units of the weights; a number or a
+            schedule of the step count.
+
+    Raises:
+        ValueError: if `lam` is a negative number.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from stam_jax import L1Distance
+        >>> relax = L1Distance(lam=0.5).at(0)
+        >>> print(relax(jnp.array([0.25, -1.75, 0.75]), jnp.array([1.0, -1.0, 1.0])))
+        [ 0.75 -1.25  1.  ]
+
+    References:
+        Bai, Wang and Liberty, ProxQuant, arXiv:1810.00861.
+    """
+
+    lam: ScalarOrSchedule
+
+    def __post_init__(self):
+        _numbers.check("L1Distance", "lam", self.lam)
+
+    def at(self, count: jax.typing.ArrayLike) -> RelaxationMap:
+        """The map (w, y) -> x of step `count`."""
+        lam = _numbers.at(self.lam, count)
+        return lambda w, y: y + soft_threshold(w - y, lam)
 
 
 @dataclasses.dataclass(frozen=True)

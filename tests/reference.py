@@ -119,6 +119,24 @@ def binary_relax(
     return advance
 
 
+def prox_quant(eta: Number, *, growth: float, hard_from: int, clip: float | None = 1.0) -> Advance:
+    """A gradient step, clipped, then each weight moved towards the nearest of -1 and +1 by a threshold."""
+
+    def advance(x: Array, d: Array, k: int) -> tuple[Array, Array]:
+        w = x - at(eta, k) * d
+        if clip is not None:
+            w = np.minimum(np.maximum(w, -clip), clip)
+        threshold = math.inf if k >= hard_from else at(eta, k) * growth * k
+        x = np.empty(w.shape)
+        for i in np.ndindex(*w.shape):
+            y = -1.0 if w[i] < 0 else 1.0
+            gap = w[i] - y
+            x[i] = y if abs(gap) <= threshold else w[i] - math.copysign(threshold, gap)
+        return x, x
+
+    return advance
+
+
 def general(
     eta: Number,
     *,

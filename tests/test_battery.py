@@ -14,7 +14,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from stam_jax import LinearBlend, StamState, binary_connect, binary_relax, hard_params, stam
+from stam_jax import LinearBlend, StamState, binary_connect, binary_relax, hard_params, prox_quant, stam
 from tests import helpers
 
 STEPS = 400
@@ -35,9 +35,14 @@ def inertial(learning_rate: Any, **settings: Any) -> optax.GradientTransformatio
     return stam(learning_rate, relaxation=LinearBlend(theta), inertia=0.99, **settings)
 
 
+def shrunk(learning_rate: Any, **settings: Any) -> optax.GradientTransformationExtraArgs:
+    return prox_quant(learning_rate, growth=0.01, hard_from=300, **settings)
+
+
 METHODS: dict[str, Method] = {
     "binary_connect": binary_connect,
     "binary_relax": relaxed,
+    "prox_quant": shrunk,
     "proximal": proximal,
     "inertial": inertial,
     "default": stam,

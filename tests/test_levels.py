@@ -25,8 +25,6 @@ THREE_BITS = {
 }
 CASES = [
     (Ternary, {}, LEVELS[Ternary]),
-    (Uniform, {"bits": 2}, LEVELS[Ternary]),
-    (PowerOfTwo, {"bits": 2}, LEVELS[Ternary]),
     *((kind, {"bits": 3}, levels) for kind, levels in THREE_BITS.items()),
     (Uniform, {"bits": 4}, LEVELS[Uniform]),
     (PowerOfTwo, {"bits": 4}, LEVELS[PowerOfTwo]),
@@ -206,6 +204,12 @@ def test_near_misses_are_not_in_the_set(kind, options, levels):
         assert not quantizer.contains(exact.at[0].set(jnp.inf))
         assert not quantizer.contains(exact.at[0].set(jnp.nan))
     assert not kind(scale=None, **options).contains(2 * exact)
+
+
+@pytest.mark.parametrize("kind", [Uniform, PowerOfTwo])
+def test_two_bits_are_ternary(kind):
+    v = jnp.asarray(np.random.default_rng(0).normal(size=(50, 3)), jnp.float32)
+    np.testing.assert_array_equal(kind(bits=2).project(v), Ternary().project(v))
 
 
 @pytest.mark.parametrize("kind", [Uniform, PowerOfTwo])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stam_jax import Hard, LinearBlend, SquaredDistance
+from stam_jax import Hard, L1Distance, LinearBlend, SquaredDistance
 from stam_jax.relaxations import from_penalty
 
 WEIGHT = st.floats(-3, 3)
@@ -36,6 +36,8 @@ def test_the_blend_is_the_squared_distance_in_another_parameter(w, y, theta):
     [
         (SquaredDistance(0.0), W),
         (SquaredDistance(math.inf), Y),
+        (L1Distance(0.0), W),
+        (L1Distance(math.inf), Y),
         (LinearBlend(0.0), W),
         (LinearBlend(1.0), Y),
         (Hard(), Y),
@@ -70,6 +72,7 @@ def test_a_tiny_strength_keeps_its_digits(lam):
     [
         (SquaredDistance(lambda k: 0.5 * k), lambda k: SquaredDistance(0.5 * k)),
         (LinearBlend(lambda k: k / 8), lambda k: LinearBlend(k / 8)),
+        (L1Distance(lambda k: k / 8), lambda k: L1Distance(k / 8)),
     ],
 )
 def test_a_schedule_is_the_number_of_its_step(relaxation, fixed):
@@ -98,6 +101,7 @@ def test_an_infinite_penalty_is_hard_also_at_a_step_size_of_zero(eta, traced):
     [
         (lambda: SquaredDistance(-1.0), ValueError, r"SquaredDistance: lam .*\[0, inf\].*-1\.0"),
         (lambda: SquaredDistance(math.nan), ValueError, r"SquaredDistance: lam .*nan"),
+        (lambda: L1Distance(-1.0), ValueError, r"L1Distance: lam .*\[0, inf\].*-1\.0"),
         (lambda: LinearBlend(1.5), ValueError, r"LinearBlend: theta .*\[0, 1\].*1\.5"),
         (lambda: LinearBlend(-0.5), ValueError, r"LinearBlend: theta .*\[0, 1\].*-0\.5"),
     ],
@@ -107,6 +111,17 @@ def test_strengths_out_of_range_are_named(make, error, message):
         make()
 
 
-@pytest.mark.parametrize("relaxation", [SquaredDistance(2.0), LinearBlend(0.5), Hard()])
+@pytest.mark.parametrize("relaxation", [SquaredDistance(2.0), L1Distance(2.0), LinearBlend(0.5), Hard()])
 def test_equal_relaxations_are_one_key(relaxation):
     assert {relaxation, type(relaxation)(**vars(relaxation))} == {relaxation}
+
+
+@pytest.mark.usefixtures("x64")
+@given(w=WEIGHT, lam=st.floats(0, 4))
+def test_the_l1_distance_minimises_the_w_shaped_penalty(w, lam):
+    y = 1.0 if w >= 0 else -1.0
+    values = (GRID - w) ** 2 / 2 + lam * np.minimum(np.abs(GRID - 1), np.abs(GRID + 1))
+    x = float(L1Distance(lam).at(0)(jnp.asarray(w), jnp.asarray(y)))
+    # At w = 0 the penalty has a minimum on either side; by value they are the same.
+    value = (x - w) ** 2 / 2 + lam * min(abs(x - 1), abs(x + 1))
+    assert value <= values.min() + 1e-7

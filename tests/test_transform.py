@@ -21,6 +21,7 @@ from stam_jax import (
     binary_connect,
     binary_relax,
     hard_params,
+    prox_quant,
     quantized_leaves,
     select,
     stam,
@@ -97,6 +98,15 @@ def test_binary_connect_is_the_published_iteration(scale, clip, momentum):
 def test_binary_relax_is_the_published_iteration(momentum):
     optimizer = binary_relax(ETA, growth_every=7, hard_from=35, strength=0.5)
     advance = reference.binary_relax(ETA, growth_every=7, hard_from=35, strength=0.5, growth=1.04)
+    assert_follows(behind_momentum(optimizer, momentum), advance, **momentum)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("momentum", MOMENTUM)
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_prox_quant_is_the_published_iteration(momentum, clip):
+    optimizer = prox_quant(ETA, growth=0.02, hard_from=40, clip=clip)
+    advance = reference.prox_quant(ETA, growth=0.02, hard_from=40, clip=clip)
     assert_follows(behind_momentum(optimizer, momentum), advance, **momentum)
 
 

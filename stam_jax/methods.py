@@ -147,8 +147,9 @@ def prox_quant(
     $$w^+ = \mathrm{clip}(x - \eta d, -c, c), \qquad
       x^+ = P_Q(w^+) + \mathrm{soft}(w^+ - P_Q(w^+), \eta\,\lambda_k)$$
 
-    with $\lambda_k = \text{growth} \cdot k$, and $x^+ = P_Q(w^+)$ from step `hard_from` on. It is `stam` with inertia 0, the l1-distance relaxation,
-    projection last, and the box as an exact constraint. It keeps no copy of the weights.
+    with $\lambda_k = \text{growth} \cdot k$, and $x^+ = P_Q(w^+)$ from step `hard_from` on. It is `stam` with
+    inertia 0, the l1-distance relaxation, projection last, and the box as an exact constraint. It keeps no
+    copy of the weights.
 
     Args:
         learning_rate: the step size, a number or a schedule.

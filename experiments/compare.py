@@ -124,23 +124,29 @@ def print_results(rows: Sequence[Row], console: Console) -> None:
     ):
         table.add_column(title, justify="right")
     for method, group in groups.items():
-        table.add_row(
-            method,
-            percent(group, "hard_accuracy"),
-            percent(group, "relaxed_accuracy"),
-            percent(group, "hard_accuracy_running_statistics"),
-            percent(group, "relaxed_accuracy_running_statistics"),
-            f"{group[0]['binary_share']:.1%}",
-            f"{group[0]['bytes_float']:,}",
-            "-" if group[0]["bytes_packed"] is None else f"{group[0]['bytes_packed']:,}",
-            f"{statistics.mean(row['seconds'] for row in group):.1f}",
-        )
+        seconds = statistics.mean(row["seconds"] for row in group)
+        table.add_row(*cells(method, group), f"{seconds:.1f}")
     console.print(table)
     console.print(
         "hard: the binary network, to evaluate and ship; relaxed: the network as trained (float for float).\n"
         "Batch-norm statistics are estimated anew on training images, or run along with training (running).",
         highlight=False,
     )
+
+
+def cells(method: str, group: Sequence[Row]) -> list[str]:
+    """What a table says of one method: its accuracies, its share of binary weights, its files."""
+    packed = group[0]["bytes_packed"]
+    return [
+        method,
+        _percent(group, "hard_accuracy"),
+        _percent(group, "relaxed_accuracy"),
+        _percent(group, "hard_accuracy_running_statistics"),
+        _percent(group, "relaxed_accuracy_running_statistics"),
+        f"{group[0]['binary_share']:.1%}",
+        f"{group[0]['bytes_float']:,}",
+        "-" if packed is None else f"{packed:,}",
+    ]
 
 
 def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -151,7 +157,7 @@ def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return groups
 
 
-def percent(group: Sequence[Row], name: str) -> str:
+def _percent(group: Sequence[Row], name: str) -> str:
     """A share in per cent, over the rows of one method: its mean, and its standard deviation."""
     values = [100 * row[name] for row in group if row[name] is not None]
     if not values:

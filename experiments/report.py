@@ -1,11 +1,9 @@
 """The README's table of results, written from the kept runs."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from experiments import runs
-from experiments.compare import by_method, percent
+from experiments.compare import by_method, cells
 from experiments.config import SettingsError
 
 ROOT = Path(__file__).parent.parent
@@ -48,26 +46,11 @@ def _section(folder: Path) -> str:
         "| method | hard (binary) | relaxed (as trained) | hard, running statistics "
         "| relaxed, running statistics | binary weights | bytes, float | bytes, packed |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
-        *(_line(method, group) for method, group in groups.items()),
+        *(f"| {' | '.join(cells(method, group))} |" for method, group in groups.items()),
     ]
     if (folder / runs.CURVES).is_file():
         lines += ["", f"![Accuracy, gap and sign flips over the epochs]({place}/{runs.CURVES})"]
     return "\n".join(lines)
-
-
-def _line(method: str, group: list[Mapping[str, Any]]) -> str:
-    packed = group[0]["bytes_packed"]
-    cells = (
-        method,
-        percent(group, "hard_accuracy"),
-        percent(group, "relaxed_accuracy"),
-        percent(group, "hard_accuracy_running_statistics"),
-        percent(group, "relaxed_accuracy_running_statistics"),
-        f"{group[0]['binary_share']:.1%}",
-        f"{group[0]['bytes_float']:,}",
-        "-" if packed is None else f"{packed:,}",
-    )
-    return f"| {' | '.join(cells)} |"
 
 
 def write(page: Path) -> None:

@@ -288,13 +288,22 @@ class Ternary(_Levels):
         return (signed + 1).astype(jnp.uint8).reshape(v.shape), scales
 
 
-def _check_bits(name: str, bits: int, low: int, high: int) -> None:
-    if isinstance(bits, bool) or not isinstance(bits, int) or not low <= bits <= high:
-        raise ValueError(f"{name}: bits must be a whole number from {low} to {high}; got {bits!r}.")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _FewBits(_Levels):
+    """Levels that follow from a number of bits per weight."""
+
+    bits: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 4:
+            raise ValueError(
+                f"{type(self).__name__}: bits must be a whole number from 2 to 4; got {self.bits!r}."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Uniform(_Levels):
+class Uniform(_FewBits):
     r"""Evenly spaced values, $\alpha\,j/m$ with $j = -m, \dots, m$ and $m = 2^{\text{bits}-1} - 1$.
 
     These are the symmetric integers of low-bit arithmetic, 0 among them; 2 bits are `Ternary`. The scale is
@@ -316,12 +325,6 @@ class Uniform(_Levels):
         [ 1.         -0.33333334  0.        ]
     """
 
-    bits: int = 4
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_bits("Uniform", self.bits, 2, 4)
-
     @property
     def _magnitudes(self) -> tuple[float, ...]:
         top = 2 ** (self.bits - 1) - 1
@@ -329,7 +332,7 @@ class Uniform(_Levels):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PowerOfTwo(_Levels):
+class PowerOfTwo(_FewBits):
     r"""Zero and powers of two, $\alpha\,\{0, \pm 2^{-j} : j = 0, \dots, 2^{\text{bits}-1} - 2\}$.
 
     Multiplication by such a weight is a shift, but for alpha. The scale is the exact least-squares optimum.
@@ -352,12 +355,6 @@ class PowerOfTwo(_Levels):
     References:
         Zhou et al., Incremental network quantization, arXiv:1702.03044 (powers of two as levels).
     """
-
-    bits: int = 4
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_bits("PowerOfTwo", self.bits, 2, 4)
 
     @property
     def _magnitudes(self) -> tuple[float, ...]:

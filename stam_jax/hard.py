@@ -83,9 +83,9 @@ def quantized_leaves(opt_state: Any, params: Any) -> dict[str, QuantizedLeaf]:
 def hard_params(opt_state: Any, params: Any) -> Any:
     r"""The quantised network: $P_Q(v)$ at every quantised leaf, the parameter itself elsewhere.
 
-    This is what to evaluate, save and ship. Every quantised leaf is projected afresh and so lies in Q
-    exactly, as `quantizer.contains` confirms: with `Binary` it is alpha times +1 or -1, with one alpha
-    per group. (The parameters themselves approach Q but round, and with `project="first"` they are a step
+    This is what to evaluate, save and ship. Every quantised leaf is projected afresh and so lies in Q, as
+    `quantizer.contains` confirms: with `Binary` it is exactly alpha times +1 or -1, with one alpha per
+    group. (The parameters themselves approach Q but round, and with `project="first"` they are a step
     behind: never test or ship those as binary.) Networks with batch normalisation want its statistics
     estimated anew at these weights.
 

@@ -91,6 +91,20 @@ def test_a_config_repeats_its_run_to_the_last_bit(comparison, tmp_path):
     assert again == json.loads((before / "config.json").read_text())
 
 
+def test_the_config_of_a_comparison_repeats_it(comparison, tmp_path, monkeypatch, capsys):
+    folder, _ = comparison
+    monkeypatch.chdir(tmp_path)
+    config = ["--config", str(folder / "config.json"), "--methods", "stam", "--seeds", "1"]
+    assert main(["compare", *config, "--output", "again"]) == 0
+    (again,) = json.loads(Path("again/result.json").read_text())
+    (before,) = (
+        row
+        for row in json.loads((folder / "result.json").read_text())
+        if row["method"] == "stam" and row["seed"] == 1
+    )
+    assert again | {"seconds": 0} == before | {"seconds": 0}
+
+
 def test_other_seeds_give_other_networks(comparison):
     folder, _ = comparison
     first, second = (load_file(folder / f"stam-seed{i}" / "relaxed.safetensors") for i in (0, 1))

@@ -1,48 +1,75 @@
 """Binary neural networks in JAX: stochastic three-block alternating minimisation, and its relatives.
 
-Chain `stam` (or `binary_connect`, `binary_relax`) as the last element of an Optax optimiser, train as
+Chain `stam`, or one of its relatives, as the last element of an Optax optimiser, train as
 always, and take the binary network from `hard_params(opt_state, params)`.
 """
 
 from importlib.metadata import version as _version
 
-from stam_jax._transform import StamState, stam
+from stam_jax import schedules
+from stam_jax._state import StamState
+from stam_jax._transform import stam
+from stam_jax.admm import admm_quant
+from stam_jax.bop import BopState, bop
 from stam_jax.diagnostics import quantisation_gap, sign_flips
 from stam_jax.hard import QuantizedLeaf, hard_params, quantized_leaves
-from stam_jax.methods import binary_connect, binary_relax, prox_quant
-from stam_jax.quantizers import Binary, PowerOfTwo, Quantizer, Ternary, Uniform
+from stam_jax.methods import binary_connect, binary_relax, md_tanh, parq, prox_quant
+from stam_jax.quantizers import Binary, HasLevels, LeastSquares, PowerOfTwo, Quantizer, Ternary, Uniform
 from stam_jax.regularizers import L1, Box, GroupLasso, Regularizer, Ridge
-from stam_jax.relaxations import Hard, L1Distance, LinearBlend, Relaxation, SquaredDistance
+from stam_jax.relaxations import (
+    Hard,
+    HardFrom,
+    L1Distance,
+    LinearBlend,
+    PiecewiseAffine,
+    Relaxation,
+    ScaledTanh,
+    SquaredDistance,
+)
 from stam_jax.selection import Selection, select
+from stam_jax.straight_through import StraightThroughState, straight_through
 
 __version__ = _version("stam-jax")
 
 __all__ = [
     "L1",
     "Binary",
+    "BopState",
     "Box",
     "GroupLasso",
     "Hard",
+    "HardFrom",
+    "HasLevels",
     "L1Distance",
+    "LeastSquares",
     "LinearBlend",
+    "PiecewiseAffine",
     "PowerOfTwo",
     "QuantizedLeaf",
     "Quantizer",
     "Regularizer",
     "Relaxation",
     "Ridge",
+    "ScaledTanh",
     "Selection",
     "SquaredDistance",
     "StamState",
+    "StraightThroughState",
     "Ternary",
     "Uniform",
+    "admm_quant",
     "binary_connect",
     "binary_relax",
+    "bop",
     "hard_params",
+    "md_tanh",
+    "parq",
     "prox_quant",
     "quantisation_gap",
     "quantized_leaves",
+    "schedules",
     "select",
     "sign_flips",
     "stam",
+    "straight_through",
 ]

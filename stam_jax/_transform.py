@@ -8,61 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stam_jax import _numbers, _trees, relaxations
+from stam_jax import _numbers, _state, relaxations
 from stam_jax._numbers import ScalarOrSchedule
-from stam_jax.quantizers import Binary, Quantizer
+from stam_jax._state import Mask, StamState
+from stam_jax.quantizers import Binary, HasLevels, Quantizer
 from stam_jax.regularizers import Regularizer
 from stam_jax.relaxations import Relaxation, RelaxationMap, SquaredDistance
-from stam_jax.selection import Selection, select
-
-Mask = Any | Callable[[Any], Any]
-
-
-@jax.tree_util.register_static
-class Assigned(optax.MaskedNode):
-    """The quantiser of one leaf, or None where it stays in float: a hole that remembers.
-
-    It has no leaves, so jit sees the quantiser as static; and it is an `optax.MaskedNode`, so whatever passes
-    over the holes of a state, as the `is_leaf` of `optax.tree.map_params` does, passes over it too.
-    """
-
-    quantizer: Quantizer | None
-
-    def __new__(cls, quantizer: Quantizer | None) -> "Assigned":
-        self = super().__new__(cls)
-        self.quantizer = quantizer
-        return self
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Assigned) and self.quantizer == other.quantizer
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
-        return hash(self.quantizer)
-
-    def __repr__(self) -> str:
-        return f"Assigned({self.quantizer!r})"
-
-    def __reduce__(self) -> tuple[type["Assigned"], tuple[Quantizer | None]]:
-        return Assigned, (self.quantizer,)
-
-
-class StamState(NamedTuple):
-    """The state of `stam`.
-
-    Args:
-        count: the steps taken so far, an int32 scalar.
-        latent: the float block v that is projected, in float32 at least, in a tree like the parameters with
-            an `optax.MaskedNode` at each leaf that is not quantised; None without inertia, where v is x, the
-            parameters themselves.
-        quantizers: a tree like the parameters with an `Assigned` at each leaf.
-    """
-
-    count: jax.Array
-    latent: Any
-    quantizers: Any
 
 
 def _default_strength(count: jax.typing.ArrayLike) -> jax.Array:
@@ -122,9 +73,8 @@ def stam(
         regularizer_penalty: $\tau$, from 0 to infinity.
         inertia: $\kappa$ in [0, 1], the share of $w - x$ carried over to the next step: 0 is the proximal
             method, 1 the lazy update of BinaryConnect and BinaryRelax. By default 0 with a `penalty`, which
-            at 1 would not pull at all, and 1 otherwise. The number 0 saves the copy of v. Above 0 a step
-            starts from v, not from the parameters: what else moves those, as `optax.lookahead` does, is
-            undone.
+            at 1 would not pull at all, and 1 otherwise. The number 0 saves the copy: above it the state
+            keeps v - x, so what else moves the parameters, as `optax.lookahead` does, moves v along.
         project: `"first"`, $y^+ = P_Q(v)$: no noise of this step enters the projection; or `"last"`,
             $y^+ = P_Q(w^+)$: the network trained in a hard phase is the one that ships, not the one of the
             step before. By default first with a `penalty`, last otherwise.
@@ -191,29 +141,15 @@ def stam(
     if regularizer is not None:
         _check_has("regularizer", regularizer, "prox")
 
+    def probe(leaf_quantizer: Quantizer, v: jax.Array) -> jax.Array:
+        y = leaf_quantizer.project(v)
+        return y if relaxation is None else relaxation.at(0)(v, y, _levels(leaf_quantizer, v))
+
     def init(params: Any) -> StamState:
-        chosen = _chosen(mask, params)
-        quantizers = _trees.map_named(
-            lambda name, leaf: Assigned(_fitting(quantizer, name, leaf) if chosen[name] else None),
-            params,
-        )
-        latent = None
-        if is_lazy:
-            # A copy even where no cast is due: an alias of x would break the donation of both.
-            latent = _trees.map_named(
-                lambda name, x: (
-                    jnp.array(x, jnp.promote_types(x.dtype, jnp.float32), copy=True)
-                    if chosen[name]
-                    else optax.MaskedNode()
-                ),
-                params,
-            )
-        return StamState(jnp.zeros([], jnp.int32), latent, quantizers)
+        return _state.begin("stam", params, mask=mask, quantizer=quantizer, probe=probe, remembers=is_lazy)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, StamState]:
         del extra_args
-        if params is None:
-            raise ValueError("stam: update needs the parameters: update(updates, state, params).")
         step = _Step.at(
             state.count,
             learning_rate=learning_rate,
@@ -224,29 +160,27 @@ def stam(
             inertia=inertia,
             project=project,
         )
-        directions, structure = jax.tree.flatten(updates)
-        weights = jax.tree.leaves(params)
-        assigned = assigned_quantizers(state)
-        _check_matching(updates, params, assigned)
-        latents, latent_structure = jax.tree.flatten(state.latent)
-        new_updates, new_latents = [], []
-        remaining = iter(latents)
-        for d, x, chosen in zip(directions, weights, assigned.values(), strict=True):
-            if chosen is None:
-                new_updates.append((-step.learning_rate * d).astype(x.dtype))
-                continue
-            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-            v = next(remaining) if is_lazy else wide
-            new_x, new_v = step.advance(chosen, v, d)
-            new_updates.append((new_x - wide).astype(x.dtype))
-            new_latents.append(new_v.astype(v.dtype))
-        return jax.tree.unflatten(structure, new_updates), StamState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            latent=jax.tree.unflatten(latent_structure, new_latents) if is_lazy else None,
-            quantizers=state.quantizers,
-        )
+
+        def move(leaf_quantizer: Quantizer, x: jax.Array, displacement: Any, d: jax.Array) -> Any:
+            v = _state.float_block(x, displacement)
+            return _state.lead(x, displacement, *step.advance(leaf_quantizer, v, d))
+
+        return _state.advance("stam", state, updates, params, learning_rate=step.learning_rate, move=move)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _levels(quantizer: Quantizer, v: jax.Array) -> Callable[[], jax.Array]:
+    """What gives the levels of the projection of v, to a relaxation that asks for them."""
+
+    def levels() -> jax.Array:
+        if not isinstance(quantizer, HasLevels):
+            raise ValueError(
+                f"the relaxation asks for the levels of the set, and {quantizer!r} has no method levels(v)."
+            )
+        return quantizer.levels(v)
+
+    return levels
 
 
 def _check_has(name: str, value: Any, *members: str) -> None:
@@ -307,95 +241,9 @@ class _Step(NamedTuple):
     def advance(self, quantizer: Quantizer, v: jax.Array, d: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x+ and v+ of one quantised leaf."""
         w = self.constrain(v, v - self.learning_rate * d.astype(v.dtype))
-        y = quantizer.project(v if self.project == "first" else w)
-        x = self.relax(w, y)
+        projected = v if self.project == "first" else w
+        x = self.relax(w, quantizer.project(projected), _levels(quantizer, projected))
         if _numbers.is_fixed_at(self.inertia, 1):
             return x, w  # The blend below would come to that, at the price of computing x once more.
         # The same as x + kappa (w - x), but exact at kappa = 0 and 1.
         return x, (1 - self.inertia) * x + self.inertia * w
-
-
-def _chosen(mask: Mask | None, params: Any) -> dict[str, bool]:
-    """Whether each leaf of the parameters, by name, is quantised."""
-    names = _trees.named_leaves(params, holes=True)
-    if not names:
-        return {}  # Nothing to choose from, nor to find a rule wrong by: the placeholders of Optax, say.
-    if mask is None:
-        mask = select
-    if callable(mask):
-        mask = mask(params)
-    if isinstance(mask, Selection):
-        if "" not in names and any(row.path == "" for row in mask.rows):
-            raise ValueError(
-                "stam: mask is a Selection of a single array, as of a step count: optax.inject_hyperparams "
-                "takes a function for a schedule unless it is given static_args=('mask',)."
-            )
-        mask = mask.mask
-    rules = _trees.named_leaves(mask)
-    for name, value in rules.items():
-        if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.bool_):
-            raise TypeError(f"stam: mask holds {value!r} at {name!r}; it must be a boolean.")
-    chosen, used = {}, set()
-    for name, leaf in names.items():
-        rule = next((prefix for prefix in _prefixes(name) if prefix in rules), None)
-        used.add(rule)
-        if _trees.is_masked(leaf):
-            continue
-        if rule is None:
-            raise ValueError(f"stam: mask says nothing of the leaf {name!r}.")
-        chosen[name] = bool(rules[rule])
-    holes = {name for name, leaf in names.items() if _trees.is_masked(leaf)}
-    for rule in rules:
-        # A mask for the whole tree serves a part of it, in `optax.masked` and `optax.partition`.
-        if rule not in used and holes.isdisjoint(_prefixes(rule)):
-            raise ValueError(
-                f"stam: mask speaks of {rule!r}, which the parameters do not hold; "
-                f"they hold {', '.join(names)}."
-            )
-    return chosen
-
-
-def _prefixes(name: str) -> list[str]:
-    """The name and the names of the nodes above it, down to the root, which is ''."""
-    keys = name.split("/")
-    return ["/".join(keys[:n]) for n in range(len(keys), -1, -1)]
-
-
-def _fitting(quantizer: Quantizer, name: str, leaf: jax.Array) -> Quantizer:
-    """The quantiser, once it is known to take the leaf."""
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise ValueError(
-            f"stam: mask chooses {name!r}, of dtype {leaf.dtype}; "
-            "only floating-point leaves can be quantised."
-        )
-    try:
-        jax.eval_shape(quantizer.project, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    except ValueError as error:
-        raise ValueError(f"stam: the leaf {name!r} cannot be quantised: {error}") from error
-    return quantizer
-
-
-def assigned_quantizers(state: StamState) -> dict[str, Quantizer | None]:
-    """The quantiser of each leaf, by name."""
-    is_assigned = lambda node: isinstance(node, Assigned)
-    nodes, _ = _trees.flatten_named(state.quantizers, is_assigned)
-    return {name: node.quantizer for name, node in nodes.items() if is_assigned(node)}
-
-
-def _check_matching(updates: Any, params: Any, assigned: dict[str, Any]) -> None:
-    """Raise unless the three trees have leaves of the same names in the same order, and the same shapes."""
-    named_updates, named_params = _trees.named_leaves(updates), _trees.named_leaves(params)
-    for what, names in (("updates", named_updates), ("params", named_params)):
-        if list(names) != list(assigned):
-            missing = [name for name in assigned if name not in names]
-            extra = [name for name in names if name not in assigned]
-            raise ValueError(
-                f"stam: {what} do not match the parameters given to init: "
-                f"missing {missing or 'nothing'}, unexpected {extra or 'nothing'}."
-            )
-    for name, d in named_updates.items():
-        if jnp.shape(d) != jnp.shape(named_params[name]):
-            raise ValueError(
-                f"stam: the update of {name!r} has shape {jnp.shape(d)}, "
-                f"the parameter {jnp.shape(named_params[name])}."
-            )

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from stam_jax import _trees
-from stam_jax._transform import StamState, assigned_quantizers
+from stam_jax import _state, _trees
+from stam_jax._state import StamState, assigned_quantizers
 from stam_jax.quantizers import Quantizer
 
 
@@ -58,7 +58,7 @@ def quantized_leaves(opt_state: Any, params: Any) -> dict[str, QuantizedLeaf]:
         )
     found: dict[str, QuantizedLeaf] = {}
     for state in states:
-        latents = None if state.latent is None else _trees.named_leaves(state.latent)
+        away = None if state.displacement is None else _trees.named_leaves(state.displacement)
         for name, quantizer in assigned_quantizers(state).items():
             if quantizer is None:
                 continue
@@ -68,13 +68,13 @@ def quantized_leaves(opt_state: Any, params: Any) -> dict[str, QuantizedLeaf]:
                 raise ValueError(
                     f"opt_state holds the leaf {name!r}, which params lack; they hold {', '.join(weights)}."
                 )
-            x = weights[name]
-            latent = x if latents is None else latents[name]
-            if latent.shape != x.shape:
+            x = jnp.asarray(weights[name])
+            displacement = None if away is None else away[name]
+            if displacement is not None and displacement.shape != x.shape:
                 raise ValueError(
-                    f"The leaf {name!r} has shape {latent.shape} in opt_state and {x.shape} in params."
+                    f"The leaf {name!r} has shape {displacement.shape} in opt_state and {x.shape} in params."
                 )
-            latent = jnp.asarray(latent, jnp.promote_types(x.dtype, jnp.float32))
+            latent = _state.float_block(x, displacement)
             hard = quantizer.project(latent).astype(x.dtype)
             found[name] = QuantizedLeaf(latent=latent, hard=hard, quantizer=quantizer)
     return {name: found[name] for name in weights if name in found}

@@ -1,17 +1,23 @@
-"""The field's methods as configurations of `stam`."""
-
-import math
+"""The field's methods that are configurations of `stam`."""
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from stam_jax import _numbers
+from stam_jax import _numbers, schedules
 from stam_jax._numbers import ScalarOrSchedule
-from stam_jax._transform import Mask, stam
+from stam_jax._state import Mask
+from stam_jax._transform import stam
 from stam_jax.quantizers import Binary, Quantizer
 from stam_jax.regularizers import Box
-from stam_jax.relaxations import Hard, L1Distance, SquaredDistance
+from stam_jax.relaxations import (
+    Hard,
+    HardFrom,
+    L1Distance,
+    PiecewiseAffine,
+    ScaledTanh,
+    SquaredDistance,
+)
 
 
 def binary_connect(
@@ -108,25 +114,18 @@ def binary_relax(
     References:
         Yin et al., BinaryRelax, arXiv:1801.06313.
     """
-    for name, value, low in (
+    _check_numbers(
+        "binary_relax",
         ("growth_every", growth_every, 1),
         ("hard_from", hard_from, 0),
         ("strength", strength, 0),
         ("growth", growth, 1),
-    ):
-        _numbers.check("binary_relax", name, value, low=low, finite=True, schedule=False)
-
-    def lam(count: jax.typing.ArrayLike) -> jax.Array:
-        # Whole-number division: a quotient in float32 would be late by a step now and then.
-        factor = jnp.power(1.0 * growth, jnp.floor_divide(count, growth_every))
-        # The factor may outgrow its type and be infinite, and 0 times that is not 0.
-        grown = jnp.where(strength == 0, 0.0, strength * factor)
-        return jnp.where(jnp.asarray(count) < hard_from, grown, math.inf)
-
+    )
+    lam = schedules.geometric(strength, growth=growth, every=growth_every)
     return stam(
         learning_rate,
         quantizer=quantizer,
-        relaxation=SquaredDistance(lam),
+        relaxation=HardFrom(SquaredDistance(lam), hard_from),
         inertia=1.0,
         project="last",
         mask=mask,
@@ -173,19 +172,127 @@ def prox_quant(
     References:
         Bai, Wang and Liberty, ProxQuant, arXiv:1810.00861.
     """
-    for name, value in (("growth", growth), ("hard_from", hard_from)):
-        _numbers.check("prox_quant", name, value, finite=True, schedule=False)
+    _check_numbers("prox_quant", ("growth", growth, 0), ("hard_from", hard_from, 0))
 
     def threshold(count: jax.typing.ArrayLike) -> jax.Array:
-        grown = _numbers.at(learning_rate, count) * growth * jnp.asarray(count)
-        return jnp.where(jnp.asarray(count) < hard_from, grown, math.inf)
+        return _numbers.at(learning_rate, count) * growth * jnp.asarray(count)
 
     return stam(
         learning_rate,
         quantizer=quantizer,
-        relaxation=L1Distance(threshold),
+        relaxation=HardFrom(L1Distance(threshold), hard_from),
         regularizer=None if clip is None else Box(clip),
         inertia=0.0,
         project="last",
         mask=mask,
     )
+
+
+def parq(
+    learning_rate: ScalarOrSchedule,
+    *,
+    hard_from: int,
+    anneal_from: int = 0,
+    steepness: float = 10.0,
+    quantizer: Quantizer = Binary(),
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""PARQ: a float step, then a piecewise-affine map whose slope grows until it is the projection.
+
+    $$w^+ = w - \eta d, \qquad x^+ = \mathrm{clip}(m + (w^+ - m)/s_k,\ q_i,\ q_{i+1})$$
+
+    between the levels $q_i$ and $q_{i+1}$ of Q on both sides of $w^+$, with m halfway between them. The
+    inverse slope $s_k$ falls from 1 to 0 along a sigmoid. It is `stam` with inertia 1, the piecewise-affine
+    relaxation and projection last.
+
+    Args:
+        learning_rate: the step size, a number or a schedule.
+        hard_from: the step from which on the weights are quantised.
+        anneal_from: the step until which the map is but a clip to the outermost levels.
+        steepness: of the sigmoid.
+        quantizer: the set Q; it must have `levels`, as those of this package do.
+        mask: which leaves are quantised, as in `stam`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`, to stand last in a chain.
+
+    Raises:
+        ValueError, TypeError: as `stam`; also unless 0 <= `anneal_from` < `hard_from`, or for a `steepness`
+            below 0.001.
+
+    Example:
+        >>> import optax
+        >>> from stam_jax import parq
+        >>> optimizer = optax.chain(optax.trace(0.9), parq(0.1, hard_from=60_000))
+
+    References:
+        Jin et al., PARQ: piecewise-affine regularized quantization, arXiv:2503.15748.
+    """
+    inverse_slope = schedules.sigmoid_inverse_slope(hard_from, start=anneal_from, steepness=steepness)
+    return stam(
+        learning_rate,
+        quantizer=quantizer,
+        relaxation=PiecewiseAffine(inverse_slope),
+        inertia=1.0,
+        project="last",
+        mask=mask,
+    )
+
+
+def md_tanh(
+    learning_rate: ScalarOrSchedule,
+    *,
+    hard_from: int,
+    growth: float = 1.02,
+    growth_every: int = 200,
+    quantizer: Quantizer = Binary(scale=None),
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Mirror descent with a tanh that steepens, in its numerically stable form (MD-tanh-S).
+
+    $$w^+ = w - \eta d, \qquad x^+ = \tanh(\beta_k w^+)$$
+
+    where the gradient at x moves the dual variables w, and $\beta_k$ grows by a factor every so many steps;
+    from step `hard_from` on $x^+ = P_Q(w^+)$. With scales it is $\alpha \tanh(\beta_k w^+/\alpha)$. It is
+    `stam` with inertia 1, the scaled tanh and projection last.
+
+    Args:
+        learning_rate: the step size, a number or a schedule.
+        hard_from: the step from which on the weights are quantised.
+        growth: the factor, at least 1. The default, and the next, are those of the authors' script for
+            CIFAR-10, which runs for 100,000 steps behind Adam.
+        growth_every: the steps between two growths of $\beta$.
+        quantizer: the set Q; the paper's binary one is {-1, +1}. It must have `levels`.
+        mask: which leaves are quantised, as in `stam`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`, to stand last in a chain.
+
+    Raises:
+        ValueError, TypeError: as `stam`; also for a `growth` or `growth_every` below 1, or a negative
+            `hard_from`.
+
+    Example:
+        >>> import optax
+        >>> from stam_jax import md_tanh
+        >>> optimizer = optax.chain(optax.scale_by_adam(), md_tanh(1e-3, hard_from=75_000))
+
+    References:
+        Ajanthan et al., Mirror descent view for neural network quantization, arXiv:1910.08237.
+    """
+    _check_numbers("md_tanh", ("growth", growth, 1), ("growth_every", growth_every, 1))
+    beta = schedules.geometric(1.0, growth=growth, every=growth_every)
+    return stam(
+        learning_rate,
+        quantizer=quantizer,
+        relaxation=HardFrom(ScaledTanh(beta), hard_from),
+        inertia=1.0,
+        project="last",
+        mask=mask,
+    )
+
+
+def _check_numbers(where: str, *options: tuple[str, float, float]) -> None:
+    """Raise unless each option, (name, value, least), is a finite number of at least that."""
+    for name, value, low in options:
+        _numbers.check(where, name, value, low=low, finite=True, schedule=False)

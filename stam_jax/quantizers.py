@@ -6,14 +6,15 @@ A quantiser is any hashable object with
 * `project(v)`: the nearest point of Q, in the shape and dtype of v;
 * `contains(y)`: whether y lies in Q, as a boolean scalar.
 
-Those here have three more, which say a point of Q in few bits: `scales(v)` and `codes(v)`, a small whole
-number per weight, and `decode(codes, scales)`.
+Those here have `levels(v)` too, the values that each weight could take, for the relaxations that ask for
+them; and three that say a point of Q in few bits: `scales(v)` and `codes(v)`, a small whole number per
+weight, and `decode(codes, scales)`.
 """
 
 import abc
 import dataclasses
 import itertools
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +39,37 @@ class Quantizer(Protocol):
         ...
 
 
+@runtime_checkable
+class HasLevels(Quantizer, Protocol):
+    """A quantiser that can say the values between which a relaxation leads."""
+
+    def levels(self, v: jax.Array) -> jax.Array:
+        """The values that each weight could take at the scales of v's projection.
+
+        They ascend along the first axis; the other axes broadcast against v.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Coded(Groups, abc.ABC):
     """A quantised set whose points are said by codes and scales."""
+
+    @abc.abstractmethod
+    def _at_scales(self, scales: jax.Array) -> jax.Array:
+        """The levels in ascending order along a new first axis, the other axes those of one scale."""
+
+    def levels(self, v: jax.Array) -> jax.Array:
+        """The values that each weight could take at the scales of v's projection, in float32 at least.
+
+        They ascend along the first axis; the other axes broadcast against v.
+        """
+        v = jnp.asarray(v)
+        levels = self._at_scales(self.scales(v))
+        if self.scale != "group":
+            return levels
+        u, _ = self._split(v)
+        return jnp.broadcast_to(levels, (levels.shape[0], *u.shape)).reshape(-1, *v.shape)
 
     @abc.abstractmethod
     def _encode(self, v: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -132,6 +161,9 @@ class Binary(_Coded):
         scales = self._ones(u, axes) if is_given else self._mean(jnp.abs(u), axes)
         return (v >= 0).astype(jnp.uint8), scales
 
+    def _at_scales(self, scales: jax.Array) -> jax.Array:
+        return jnp.stack([-scales, scales])
+
     def decode(self, codes: jax.Array, scales: jax.Array) -> jax.Array:
         """The weights that codes, 1 for +alpha and 0 for -alpha, and scales stand for."""
         u, _ = self._split(jnp.asarray(codes))
@@ -205,6 +237,10 @@ class _Levels(_Coded):
         top = len(self._magnitudes) - 1
         codes = jnp.where(u < 0, top - rank, top + rank)
         return codes.astype(jnp.uint8).reshape(v.shape), scales
+
+    def _at_scales(self, scales: jax.Array) -> jax.Array:
+        positive = [magnitude * scales for magnitude in self._magnitudes[1:]]
+        return jnp.stack([*(-level for level in reversed(positive)), 0 * scales, *positive])
 
     def decode(self, codes: jax.Array, scales: jax.Array) -> jax.Array:
         """The weights that codes, indices of the levels from the lowest, and scales stand for."""
@@ -288,6 +324,11 @@ class Ternary(_Levels):
         return (signed + 1).astype(jnp.uint8).reshape(v.shape), scales
 
 
+def _check_bits(name: str, bits: int) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 4:
+        raise ValueError(f"{name}: bits must be a whole number from 2 to 4; got {bits!r}.")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _FewBits(_Levels):
     """Levels that follow from a number of bits per weight."""
@@ -296,10 +337,7 @@ class _FewBits(_Levels):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 4:
-            raise ValueError(
-                f"{type(self).__name__}: bits must be a whole number from 2 to 4; got {self.bits!r}."
-            )
+        _check_bits(type(self).__name__, self.bits)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -359,3 +397,158 @@ class PowerOfTwo(_FewBits):
     @property
     def _magnitudes(self) -> tuple[float, ...]:
         return (0.0, *(2.0**-j for j in reversed(range(2 ** (self.bits - 1) - 1))))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeastSquares(_Coded):
+    r"""Sums of binary weights, $Q = \{\sum_i \alpha_i s_i : s_i \in \{-1,+1\}^n, \alpha_i \ge 0\}$.
+
+    A weight takes one of $2^{\text{bits}}$ values, which the scales $\alpha_i$ place: closer where the
+    weights are. There is a scale per bit and group.
+
+    Args:
+        bits: the number of summands, from 2 to 4. rule: `"best"`: with 2 bits the exact least-squares
+        optimum, the best two magnitudes for |v|, by sorting
+            and prefix sums; with 3 and 4, whose exact optimum takes a search over all pairs and triples of
+            weights, a start from there that codes and scales improve in turn, 20 times, each exactly given
+            the other. Or `"greedy"`: each summand alone fits what the ones before it left. Only the exact
+            optimum is a projection.
+        scale: which weights share scales, as in `Binary`, but for `None`: they are fitted here.
+        axis: the output-channel axis, as in `Binary`.
+        group: how many neighbours for `scale="group"`, as in `Binary`.
+
+    Raises:
+        ValueError: if `bits` is out of range, `rule` neither of the two, or `scale` is None; otherwise as
+            `Binary`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from stam_jax import LeastSquares
+        >>> print(LeastSquares(bits=2, scale="tensor").project(jnp.array([3.0, -1.0, 0.5, -2.0])))
+        [ 2.5  -0.75  0.75 -2.5 ]
+
+    References:
+        Pouransari, Tu and Tuzel, Least squares binary quantization of neural networks, arXiv:2001.02786 (the
+        greedy rule and the optimum of 2 bits); Xu et al., Alternating multi-bit quantization for recurrent
+        neural networks, arXiv:1802.00150 (codes and scales in turn).
+    """
+
+    bits: int = 2
+    rule: Literal["best", "greedy"] = "best"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_bits("LeastSquares", self.bits)
+        if self.rule not in ("best", "greedy"):
+            raise ValueError(f"LeastSquares: rule must be 'best' or 'greedy'; got {self.rule!r}.")
+        if self.scale is None:
+            raise ValueError("LeastSquares: scale=None leaves no scales to fit; give 'tensor' or another.")
+
+    @property
+    def _signs(self) -> tuple[tuple[int, ...], ...]:
+        """The signs of the summands, the first +1: one row for each level but its opposite."""
+        return tuple((1, *rest) for rest in itertools.product((-1, 1), repeat=self.bits - 1))
+
+    def _sums(self, alphas: jax.Array) -> list[jax.Array]:
+        """The sum of the scales at each row of signs; with their opposites these are the levels."""
+        zero = jnp.zeros_like(alphas[0])
+        return [sum((s * alpha for s, alpha in zip(row, alphas, strict=True)), zero) for row in self._signs]
+
+    def _magnitudes(self, alphas: jax.Array) -> jax.Array:
+        """The levels that are not negative, in ascending order."""
+        return jnp.sort(jnp.abs(jnp.stack(self._sums(alphas))), axis=0)
+
+    def _at_scales(self, scales: jax.Array) -> jax.Array:
+        magnitudes = self._magnitudes(scales)
+        return jnp.concatenate([-magnitudes[::-1], magnitudes])
+
+    def _two_magnitudes(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The two magnitudes that fit each row best: its mean below and above the best of all cuts."""
+        count = rows.shape[1]
+        below = jnp.arange(1, count + 1, dtype=rows.dtype)
+        mean = self._mean(rows, (1,))
+        # What a cut explains, from how far the sum below it is from its share of the whole.
+        lack = jnp.cumsum(jnp.sort(rows, axis=1) - mean, axis=1)
+        scale = jnp.maximum(jnp.max(jnp.abs(lack), axis=1, keepdims=True), jnp.finfo(rows.dtype).tiny)
+        explained = jnp.where(below < count, (lack / scale) ** 2 / (below * jnp.maximum(count - below, 1)), 0)
+        cut = jnp.argmax(explained, axis=1, keepdims=True)
+        bound = jnp.take_along_axis(jnp.sort(rows, axis=1), cut, axis=1)
+        is_low = rows <= bound
+        low = self._mean(jnp.where(is_low, rows, 0), (1,)) / self._mean(is_low.astype(rows.dtype), (1,))
+        share = self._mean((~is_low).astype(rows.dtype), (1,))
+        high = self._mean(jnp.where(is_low, 0, rows), (1,)) / jnp.where(share > 0, share, 1)
+        return low, jnp.where(share > 0, high, low)
+
+    def _improved(self, rows: jax.Array, alphas: jax.Array) -> jax.Array:
+        """Scales that fit the rows better: each in turn at its optimum for the nearest codes."""
+        sums = self._sums(alphas)
+        distances = [jnp.abs(rows - jnp.abs(total)) for total in sums]
+        nearest = jnp.argmin(jnp.stack(distances), axis=0)
+        chosen = [(nearest == j).astype(rows.dtype) for j in range(len(sums))]
+        shares = [self._mean(c, (1,)) for c in chosen]
+        means = [self._mean(c * rows, (1,)) for c in chosen]
+        signs = [
+            [jnp.where(total < 0, -s, s).astype(rows.dtype) for s in row]
+            for total, row in zip(sums, self._signs, strict=True)
+        ]
+        fitted = list(alphas)
+        for i in range(self.bits):
+            fitted[i] = sum(
+                row[i] * (mean - share * sum(row[j] * fitted[j] for j in range(self.bits) if j != i))
+                for row, share, mean in zip(signs, shares, means, strict=True)
+            )
+        return jnp.abs(jnp.stack(fitted))
+
+    def _fit(self, rows: jax.Array) -> jax.Array:
+        """The scales of each row of weights without signs: [bits, rows, 1]."""
+        alphas, left = [], rows
+        if self.rule == "best":
+            low, high = self._two_magnitudes(rows)
+            alphas = [(high + low) / 2, (high - low) / 2]
+            left = jnp.abs(jnp.abs(rows - alphas[0]) - alphas[1])
+        while len(alphas) < self.bits:
+            alphas.append(self._mean(left, (1,)))
+            left = jnp.abs(left - alphas[-1])
+        fitted = jnp.stack(alphas)
+        if self.rule == "greedy" or self.bits == 2:
+            return fitted
+        return jax.lax.fori_loop(0, 20, lambda _, fitted: self._improved(rows, fitted), fitted)
+
+    def _encode(self, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        u, axes = self._split(v)
+        size = jnp.abs(u).astype(jnp.promote_types(u.dtype, jnp.float32))
+        rows, shape = merged(size, axes)
+        if v.size == 0:
+            scales = jnp.ones((self.bits, *shape), size.dtype)
+        else:
+            scales = self._fit(rows).reshape(self.bits, *shape)
+        magnitudes = self._magnitudes(scales)
+        rank = jnp.zeros(size.shape, jnp.uint8)
+        for low, high in itertools.pairwise(magnitudes):
+            rank += (size > (low + high) / 2).astype(jnp.uint8)
+        half = len(magnitudes)
+        codes = jnp.where(u >= 0, half + rank, half - 1 - rank)
+        return codes.astype(jnp.uint8).reshape(v.shape), scales
+
+    def decode(self, codes: jax.Array, scales: jax.Array) -> jax.Array:
+        """The weights that codes, indices of the levels from the lowest, and scales stand for."""
+        u, _ = self._split(jnp.asarray(codes))
+        levels = self._at_scales(scales)
+        y = jnp.broadcast_to(levels[0], jnp.broadcast_shapes(levels[0].shape, u.shape))
+        for i, level in enumerate(levels[1:], start=1):
+            y = jnp.where(u == i, level, y)
+        return y.reshape(codes.shape)
+
+    def contains(self, y: jax.Array) -> jax.Array:
+        """Whether no group of y holds more magnitudes than the bits can tell apart.
+
+        With 2 bits that is all that Q asks. With 3 and 4 the magnitudes are also sums of few scales, which is
+        not looked into.
+        """
+        u, axes = self._split(jnp.asarray(y))
+        if u.size == 0:
+            return jnp.array(True)
+        rows, _ = merged(jnp.abs(u), axes)
+        ordered = jnp.sort(rows, axis=1)
+        distinct = 1 + jnp.sum(ordered[:, 1:] != ordered[:, :-1], axis=1)
+        return jnp.all(distinct <= len(self._signs)) & jnp.all(jnp.isfinite(u))

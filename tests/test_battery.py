@@ -146,7 +146,7 @@ def check_sharding() -> None:
         state = jax.jit(optimizer.init)(params)
         for _ in range(20):
             params, state = step(params, state)
-        for leaf in (params["kernel"], *jax.tree.leaves(state.latent)):
+        for leaf in (params["kernel"], *jax.tree.leaves(state.displacement)):
             assert len({shard.device for shard in leaf.addressable_shards}) == 8
             assert leaf.sharding.is_equivalent_to(rows, 2), f"{name}: {leaf.sharding}"
         expected, expected_state = train(optimizer, 20)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stam_jax import Binary, LinearBlend, quantisation_gap, sign_flips, stam
+from stam_jax import Binary, LinearBlend, quantisation_gap, quantized_leaves, sign_flips, stam
 from tests import helpers
 
 rng = np.random.default_rng(0)
@@ -31,7 +31,8 @@ def test_the_gap_is_the_relative_distance_over_all_quantised_leaves_together(dty
     state = helpers.begin(optimizer, params)
     for _ in range(2):
         params, state = helpers.take_step(optimizer, jax.tree.map(jnp.sin, params), state, params)
-    expected = numpy_gap(*([tree["first"], tree["second"]] for tree in (params, state.latent)))
+    leaves = quantized_leaves(state, params)
+    expected = numpy_gap(*zip(*((params[name], leaves[name].latent) for name in leaves), strict=True))
     gap = jax.jit(quantisation_gap)(state, params)
     assert (gap.shape, gap.dtype) == ((), jnp.float32)
     # The hard weights are given in the parameters' own dtype.
@@ -44,8 +45,8 @@ def test_binary_weights_have_no_gap(x):
 
 
 def test_weights_at_a_distance_from_a_hard_network_of_zeros_have_no_finite_gap():
-    state = stam(0.1, quantizer=TENSOR).init(jnp.zeros((1, 2)))
-    assert quantisation_gap(state, jnp.ones((1, 2))) == np.inf
+    state = helpers.begin(stam(0.1, quantizer=TENSOR), jnp.ones((1, 2)))
+    assert quantisation_gap(state._replace(displacement=-jnp.ones((1, 2))), jnp.ones((1, 2))) == np.inf
 
 
 def test_a_gap_needs_a_state_of_stam():

@@ -119,12 +119,20 @@ def lead(
     x: jax.Array, displacement: jax.Array | None, new_x: jax.Array, new_v: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
     """The update that leads from x to its next value, and the displacement from there to the next v."""
-    update = (new_x - x.astype(wide(x))).astype(x.dtype)
+    old_x = x.astype(wide(x))
     if displacement is None:
-        return update, None
+        return (new_x - old_x).astype(x.dtype), None
     # From x as it will be stored: what the update rounds away is not lost to v.
-    arrived = (x + update).astype(wide(x))
-    return update, (new_v - arrived).astype(displacement.dtype)
+    update = _rounded(new_x - old_x, x.dtype)
+    arrived = _rounded(old_x + update, x.dtype)
+    return update.astype(x.dtype), (new_v - arrived).astype(displacement.dtype)
+
+
+def _rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The nearest numbers of a dtype, for good: XLA may skip a cast to and fro."""
+    if jnp.finfo(dtype).nmant >= jnp.finfo(x.dtype).nmant:
+        return x
+    return jax.lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
 
 
 def advance(

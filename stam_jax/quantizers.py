@@ -480,24 +480,26 @@ class LeastSquares(_Coded):
         return low, jnp.where(share > 0, high, low)
 
     def _improved(self, rows: jax.Array, alphas: jax.Array) -> jax.Array:
-        """Scales that fit the rows better: each in turn at its optimum for the nearest codes."""
-        sums = self._sums(alphas)
-        distances = [jnp.abs(rows - jnp.abs(total)) for total in sums]
-        nearest = jnp.argmin(jnp.stack(distances), axis=0)
+        """Scales that fit the rows better: those of the nearest codes, by their normal equations."""
+        sums = jnp.stack(self._sums(alphas))
+        nearest = jnp.zeros(rows.shape, jnp.uint8)
+        closest = jnp.abs(rows - jnp.abs(sums[0]))
+        for j, total in enumerate(sums[1:], start=1):
+            distance = jnp.abs(rows - jnp.abs(total))
+            nearest = jnp.where(distance < closest, j, nearest).astype(jnp.uint8)
+            closest = jnp.minimum(closest, distance)
         chosen = [(nearest == j).astype(rows.dtype) for j in range(len(sums))]
-        shares = [self._mean(c, (1,)) for c in chosen]
-        means = [self._mean(c * rows, (1,)) for c in chosen]
-        signs = [
-            [jnp.where(total < 0, -s, s).astype(rows.dtype) for s in row]
-            for total, row in zip(sums, self._signs, strict=True)
-        ]
-        fitted = list(alphas)
-        for i in range(self.bits):
-            fitted[i] = sum(
-                row[i] * (mean - share * sum(row[j] * fitted[j] for j in range(self.bits) if j != i))
-                for row, share, mean in zip(signs, shares, means, strict=True)
-            )
-        return jnp.abs(jnp.stack(fitted))
+        share = jnp.stack([self._mean(c, (1,)) for c in chosen])[:, None]
+        mean = jnp.stack([self._mean(c * rows, (1,)) for c in chosen])[:, None]
+        signs = jnp.asarray(self._signs, rows.dtype)[:, :, None, None]
+        signs = jnp.where(sums[:, None] < 0, -signs, signs)
+        gram = jnp.sum(share[:, :, None] * signs[:, :, None] * signs[:, None], axis=0)
+        moment = jnp.sum(mean * signs, axis=0)
+        # Gauss-Seidel: the diagonal is 1, and codes that no weight takes make the equations singular.
+        for _ in range(4):
+            for i in range(self.bits):
+                alphas = alphas.at[i].add(moment[i] - jnp.sum(gram[i] * alphas, axis=0))
+        return jnp.abs(alphas)
 
     def _fit(self, rows: jax.Array) -> jax.Array:
         """The scales of each row of weights without signs: [bits, rows, 1]."""

@@ -137,6 +137,96 @@ def prox_quant(eta: Number, *, growth: float, hard_from: int, clip: float | None
     return advance
 
 
+def parq(
+    eta: Number, *, hard_from: int, anneal_from: int = 0, steepness: float = 10.0, scale: str = "channel"
+) -> Advance:
+    """The float weights are moved; the network runs on their image under a ramp that steepens to a jump."""
+
+    def logistic(t: float) -> float:
+        return 1 / (1 + math.exp(-t))
+
+    def inverse_slope(k: int) -> float:
+        progress = (k - anneal_from) / (hard_from - anneal_from)
+        if progress <= 0:
+            return 1.0
+        if progress >= 1:
+            return 0.0
+        low, high = logistic(-steepness / 2), logistic(steepness / 2)
+        return (logistic(steepness * (0.5 - progress)) - low) / (high - low)
+
+    def advance(w: Array, d: Array, k: int) -> tuple[Array, Array]:
+        w = w - at(eta, k) * d
+        y, s = project(w, scale), inverse_slope(k)
+        x = np.empty(w.shape)
+        for i in np.ndindex(*w.shape):
+            alpha = abs(y[i])
+            x[i] = y[i] if s == 0 else min(max(w[i] / s, -alpha), alpha)
+        return x, w
+
+    return advance
+
+
+def md_tanh(eta: Number, *, growth: float, growth_every: int, hard_from: int) -> Advance:
+    """The gradient at the tanh of the dual weights moves those; the tanh steepens."""
+
+    def advance(w: Array, d: Array, k: int) -> tuple[Array, Array]:
+        w = w - at(eta, k) * d
+        beta = 1.0
+        for _ in range(k // growth_every):
+            beta = beta * growth
+        x = np.empty(w.shape)
+        for i in np.ndindex(*w.shape):
+            x[i] = (-1.0 if w[i] < 0 else 1.0) if k >= hard_from else math.tanh(beta * w[i])
+        return x, w
+
+    return advance
+
+
+class Admm:
+    """Scaled ADMM, its three blocks kept apart: float weights x, quantised weights y, multipliers u."""
+
+    def __init__(
+        self, eta: Number, *, penalty: float, dual_every: int, hard_from: int, scale: str = "tensor"
+    ):
+        self.eta, self.penalty, self.scale = eta, penalty, scale
+        self.dual_every, self.hard_from = dual_every, hard_from
+        self.x = self.y = self.u = self.v = np.zeros(0)
+
+    def __call__(self, v: Array, d: Array, k: int) -> tuple[Array, Array]:
+        """The float block v, x + u as it was when y was last found, is what the engine keeps."""
+        if k == 0:
+            self.x, self.v = v, v
+            self.y = project(v, self.scale)
+            self.u = v - self.y
+        if k >= self.hard_from:
+            return self.y, self.v
+        pull = at(self.eta, k) * self.penalty
+        self.x = (self.x - at(self.eta, k) * d + pull * (self.y - self.u)) / (1 + pull)
+        if (k + 1) % self.dual_every == 0:
+            self.v = self.x + self.u
+            self.y = project(self.v, self.scale)
+            self.u = self.u + self.x - self.y
+        return self.x, self.v
+
+
+class Bop:
+    """Weights of +1 and -1, flipped by the moving average of their gradients."""
+
+    def __init__(self, *, adaptivity: Number, threshold: float):
+        self.adaptivity, self.threshold = adaptivity, threshold
+        self.average = np.zeros(0)
+
+    def __call__(self, x: Array, d: Array, k: int) -> tuple[Array, Array]:
+        if k == 0:
+            x, self.average = project(x, None), np.zeros(x.shape)
+        gamma = at(self.adaptivity, k)
+        after = np.empty(x.shape)
+        for i in np.ndindex(*x.shape):
+            self.average[i] = (1 - gamma) * self.average[i] + gamma * d[i]
+            after[i] = -x[i] if self.average[i] * x[i] > self.threshold else x[i]
+        return after, after
+
+
 def general(
     eta: Number,
     *,
@@ -201,14 +291,23 @@ class Problem(NamedTuple):
         return float(2 * np.linalg.eigvalsh(inputs.T @ inputs)[-1] / len(inputs))
 
     def train(
-        self, advance: Advance, eta: Number, *, decay: float = 0.0, nesterov: bool = False
+        self,
+        advance: Advance,
+        eta: Number,
+        *,
+        decay: float = 0.0,
+        nesterov: bool = False,
+        gate: float = math.inf,
     ) -> Iterator[tuple[Array, Array, Array]]:
-        """Kernel (quantised), bias (in float) and v after each step, with heavy-ball momentum in front."""
+        """Kernel (quantised), bias (in float) and v after each step, with heavy-ball momentum in front.
+
+        Where v is larger than the gate, the kernel's gradient counts as 0.
+        """
         kernel, bias, v = self.kernel, self.bias, self.kernel
         kernel_trace, bias_trace = np.zeros_like(kernel), np.zeros_like(bias)
         for k in range(len(self.kernel_noise)):
             kernel_gradient, bias_gradient = self.gradient(kernel, bias)
-            kernel_gradient = kernel_gradient + self.kernel_noise[k]
+            kernel_gradient = np.where(np.abs(v) > gate, 0.0, kernel_gradient + self.kernel_noise[k])
             bias_gradient = bias_gradient + self.bias_noise[k]
             kernel_trace = kernel_gradient + decay * kernel_trace
             bias_trace = bias_gradient + decay * bias_trace

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stam_jax import Binary, PowerOfTwo, Ternary, Uniform, hard_params, stam
+from stam_jax import Binary, LeastSquares, PowerOfTwo, Ternary, Uniform, hard_params, stam
 from tests import helpers
 
 LEVELS = {
@@ -252,3 +252,149 @@ def test_the_engine_trains_to_levels(kind, options, levels):
     y = hard_params(state, x)["kernel"]
     assert quantizer.contains(y)
     assert jnp.sum((y - target) ** 2) < jnp.sum((Binary().project(target) - target) ** 2)
+
+
+# Levels, which relaxations ask for.
+
+
+@pytest.mark.parametrize("sharing", SCALES, ids=lambda sharing: str(sharing["scale"]))
+@pytest.mark.parametrize(
+    "kind", [Binary, Ternary, lambda **sharing: Uniform(bits=3, **sharing), PowerOfTwo, LeastSquares]
+)
+def test_the_levels_ascend_and_every_weight_lies_at_the_one_its_code_names(kind, sharing):
+    if kind is LeastSquares and sharing["scale"] is None:
+        pytest.skip("least squares without scales is refused")
+    quantizer = kind(**sharing)
+    v = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 3)), jnp.float32)
+    levels = quantizer.levels(v)
+    count = len(levels)
+    assert 2 ** (quantizer.bits - 1) < count <= 2**quantizer.bits
+    assert jnp.all(levels[1:] > levels[:-1])
+    np.testing.assert_allclose(levels, -levels[::-1])
+    everywhere = jnp.broadcast_to(levels, (count, *v.shape))
+    named = jnp.take_along_axis(everywhere, quantizer.codes(v)[None].astype(jnp.int32), axis=0)[0]
+    np.testing.assert_array_equal(named, quantizer.project(v))
+
+
+# Least squares: levels that are sums of scales.
+
+
+@pytest.mark.usefixtures("x64")
+@given(v=hnp.arrays(np.float64, 9, elements=VALUES))
+def test_two_bits_of_least_squares_are_the_best_of_all_cuts(v: Any):
+    size = np.sort(np.abs(v))
+    best = min(
+        np.sum((size[:k] - size[:k].mean()) ** 2) + np.sum((size[k:] - size[k:].mean()) ** 2)
+        if k < len(v)
+        else np.sum((size - size.mean()) ** 2)
+        for k in range(1, len(v) + 1)
+    )
+    y = np.asarray(LeastSquares(bits=2, scale="tensor").project(v))
+    assert np.sum((v - y) ** 2) <= best * (1 + 1e-9) + 1e-12
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@given(v=hnp.arrays(np.float64, 12, elements=VALUES))
+def test_the_greedy_rule_fits_one_summand_at_a_time(bits: int, v: Any):
+    left, expected = v.copy(), np.zeros_like(v)
+    for _ in range(bits):
+        summand = np.where(left >= 0, 1.0, -1.0) * np.mean(np.abs(left))
+        left, expected = left - summand, expected + summand
+    quantizer = LeastSquares(bits=bits, rule="greedy", scale="tensor")
+    scales = quantizer.scales(v).ravel()
+    # The scales are those of the greedy summands; each weight then goes to the nearest of all their sums.
+    assert np.sum((v - np.asarray(quantizer.project(v))) ** 2) <= np.sum(left**2) * (1 + 1e-9) + 1e-12
+    sums = [np.dot(signs, scales) for signs in itertools.product((-1, 1), repeat=bits)]
+    np.testing.assert_allclose(np.sort(quantizer.levels(v).ravel()), np.sort(sums), atol=1e-9)
+    left = v.copy()
+    for alpha in np.asarray(scales):
+        np.testing.assert_allclose(alpha, np.mean(np.abs(left)), rtol=1e-9, atol=1e-9)
+        left = left - np.where(left >= 0, 1.0, -1.0) * alpha
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("bits", [3, 4])
+def test_codes_and_scales_in_turn_come_closer_and_to_rest(bits):
+    quantizer = LeastSquares(bits=bits, scale="tensor")
+    best = jax.jit(lambda v: (quantizer.project(v), quantizer.scales(v).ravel()))
+    greedy = jax.jit(LeastSquares(bits=bits, rule="greedy", scale="tensor").project)
+    uniform = jax.jit(Uniform(bits=bits, scale="tensor").project)
+    signs = np.array(list(itertools.product((-1, 1), repeat=bits)))
+    to_uniform, to_refitted = [], []
+    for seed in range(40):
+        v: Any = np.random.default_rng(seed).standard_t(4, size=200)
+        y, scales = map(np.asarray, best(v))
+        distance = np.sum((v - y) ** 2)
+        assert distance < np.sum((v - greedy(v)) ** 2)
+        to_uniform.append(distance / np.sum((v - uniform(v)) ** 2))
+        # Codes at the nearest sums, and scales that fit those codes best.
+        assert np.allclose(np.min(np.abs(v[:, None] - signs @ scales), axis=1), np.abs(v - y))
+        rows = signs[np.argmin(np.abs(y[:, None] - signs @ scales), axis=1)]
+        refitted = np.linalg.lstsq(rows, v, rcond=None)[0]
+        to_refitted.append(distance / np.sum((v - rows @ refitted) ** 2))
+    assert np.median(to_uniform) < 0.8
+    assert np.median(to_refitted) < 1.0001
+    assert np.mean(to_refitted) < 1.02
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("rule", ["best", "greedy"])
+@pytest.mark.parametrize("sharing", SCALES[:3], ids=lambda sharing: str(sharing["scale"]))
+def test_sums_of_scales_are_coded_and_contained(bits, rule, sharing):
+    quantizer = LeastSquares(bits=bits, rule=rule, **sharing)
+    v = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8, 3)), jnp.float32)
+
+    @jax.jit
+    def described(v):
+        codes, scales = quantizer.codes(v), quantizer.scales(v)
+        return quantizer.project(v), codes, quantizer.decode(codes, scales)
+
+    y, codes, decoded = described(v)
+    assert (codes.dtype, codes.shape) == (jnp.uint8, v.shape)
+    np.testing.assert_array_equal(decoded, y)
+    assert quantizer.contains(y)
+    assert quantizer.contains(y.astype(jnp.bfloat16))
+    if sharing["scale"] != "group":
+        assert not quantizer.contains(v)
+    assert not quantizer.contains(y.at[0].set(jnp.nan))
+    if bits == 2 and rule == "best":
+        np.testing.assert_allclose(described(y)[0], y, rtol=1e-5, atol=1e-6)
+
+
+def test_least_squares_of_a_stack_are_those_of_its_parts():
+    quantizer = LeastSquares(bits=3)
+    v = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 3)), jnp.float32)
+    one = jax.jit(quantizer.project)
+    np.testing.assert_allclose(jax.vmap(one)(v), jnp.stack([one(part) for part in v]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(
+    "array",
+    [jnp.zeros((4, 2)), jnp.zeros((0, 2)), jnp.full(100_000, 0.1, jnp.bfloat16), jnp.array([-0.5])],
+    ids=["zeros", "empty", "equal", "single"],
+)
+def test_least_squares_of_weights_of_one_size_are_those(bits, array):
+    quantizer = LeastSquares(bits=bits, scale="tensor")
+    y = jax.jit(quantizer.project)(array)
+    assert y.dtype == array.dtype
+    np.testing.assert_allclose(np.float32(y), np.float32(array), rtol=1e-6)
+    assert quantizer.contains(y)
+
+
+def test_least_squares_show_a_nan():
+    assert jnp.any(jnp.isnan(LeastSquares(scale="tensor").project(jnp.array([1.0, jnp.nan]))))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"bits": 1}, "bits must be a whole number from 2 to 4; got 1"),
+        ({"rule": "optimal"}, "rule must be 'best' or 'greedy'; got 'optimal'"),
+        ({"scale": None}, "scale=None leaves no scales to fit"),
+    ],
+)
+def test_settings_of_least_squares_that_do_not_fit_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        LeastSquares(**options)

@@ -1,6 +1,7 @@
 """Each relaxation against its definition, by minimising on a fine grid."""
 
 import math
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stam_jax import Hard, L1Distance, LinearBlend, SquaredDistance
+from stam_jax import (
+    Binary,
+    Hard,
+    HardFrom,
+    L1Distance,
+    LinearBlend,
+    PiecewiseAffine,
+    ScaledTanh,
+    SquaredDistance,
+    Ternary,
+    Uniform,
+)
 from stam_jax.relaxations import from_penalty
 
-WEIGHT = st.floats(-3, 3)
+WEIGHT = st.floats(-3, 3, allow_subnormal=False)
 GRID = np.linspace(-4, 4, 80_001)
 
 
@@ -49,6 +61,8 @@ def test_the_blend_is_the_squared_distance_in_another_parameter(w, y, theta):
         (LinearBlend(0.0), W),
         (LinearBlend(1.0), Y),
         (Hard(), Y),
+        (HardFrom(LinearBlend(0.0), step=1), W),
+        (HardFrom(LinearBlend(0.0), step=0), Y),
     ],
 )
 @pytest.mark.parametrize("jit", [False, True])
@@ -115,6 +129,16 @@ def test_an_infinite_penalty_is_hard_also_at_a_step_size_of_zero(eta, traced):
         (lambda: SquaredDistance(math.nan), ValueError, r"SquaredDistance: lam .*nan"),
         (lambda: L1Distance(-1.0), ValueError, r"L1Distance: lam .*\[0, inf\].*-1\.0"),
         (lambda: LinearBlend(1.5), ValueError, r"LinearBlend: theta .*\[0, 1\].*1\.5"),
+        (lambda: PiecewiseAffine(1.5), ValueError, r"PiecewiseAffine: inverse_slope .*\[0, 1\].*1\.5"),
+        (lambda: ScaledTanh(-1.0), ValueError, r"ScaledTanh: beta .*\[0, inf\].*-1\.0"),
+        (lambda: HardFrom(Hard(), -1), ValueError, r"HardFrom: step .*\[0, inf\).*-1"),
+        (lambda: HardFrom(Hard(), cast(Any, math.inf)), ValueError, r"HardFrom: step .*inf"),
+        (
+            lambda: HardFrom(cast(Any, lambda count: 1.0), 5),
+            TypeError,
+            r"HardFrom: relaxation must be an object with at",
+        ),
+        (lambda: HardFrom(cast(Any, Hard), 5), TypeError, r"HardFrom: relaxation must be an object with at"),
         (lambda: LinearBlend(-0.5), ValueError, r"LinearBlend: theta .*\[0, 1\].*-0\.5"),
     ],
 )
@@ -123,7 +147,18 @@ def test_strengths_out_of_range_are_named(make, error, message):
         make()
 
 
-@pytest.mark.parametrize("relaxation", [SquaredDistance(2.0), L1Distance(2.0), LinearBlend(0.5), Hard()])
+@pytest.mark.parametrize(
+    "relaxation",
+    [
+        SquaredDistance(2.0),
+        L1Distance(2.0),
+        LinearBlend(0.5),
+        PiecewiseAffine(0.5),
+        ScaledTanh(2.0),
+        HardFrom(Hard(), 5),
+        Hard(),
+    ],
+)
 def test_equal_relaxations_are_one_key(relaxation):
     assert {relaxation, type(relaxation)(**vars(relaxation))} == {relaxation}
 
@@ -137,3 +172,80 @@ def test_the_l1_distance_minimises_the_w_shaped_penalty(w, lam):
     # At w = 0 the penalty has a minimum on either side; by value they are the same.
     value = (x - w) ** 2 / 2 + lam * min(abs(x - 1), abs(x + 1))
     assert value <= values.min() + 1e-7
+
+
+SETS = [Binary(scale=None), Ternary(scale=None), Uniform(bits=3, scale=None)]
+every_set = pytest.mark.parametrize("quantizer", SETS, ids=lambda quantizer: type(quantizer).__name__)
+STRENGTH = st.floats(0.02, 0.98)
+
+
+def levels_of(quantizer: Binary | Ternary | Uniform) -> np.ndarray:
+    return np.asarray(quantizer.levels(jnp.zeros(()))).ravel()
+
+
+def relaxed(
+    relaxation: PiecewiseAffine | ScaledTanh, quantizer: Binary | Ternary | Uniform, w: float
+) -> float:
+    v = jnp.asarray(w, jnp.float64)
+    return float(relaxation.at(0)(v, quantizer.project(v), lambda: quantizer.levels(v)))
+
+
+@pytest.mark.usefixtures("x64")
+@every_set
+@given(w=WEIGHT, s=STRENGTH)
+def test_the_piecewise_affine_map_minimises_a_penalty_that_vanishes_at_the_levels(quantizer, w, s):
+    levels = levels_of(quantizer)
+    grid = np.linspace(levels[0], levels[-1], 40_001)
+    right = np.clip(np.searchsorted(levels, grid), 1, len(levels) - 1)
+    penalty = (1 - s) / 2 * (grid - levels[right - 1]) * (levels[right] - grid)
+    best = grid[np.argmin((grid - w) ** 2 / 2 + penalty)]
+    # The objective is strongly convex with modulus s, so the grid finds its minimiser as finely.
+    np.testing.assert_allclose(relaxed(PiecewiseAffine(s), quantizer, w), best, atol=2e-4)
+
+
+@pytest.mark.usefixtures("x64")
+@given(w=st.floats(-2, 2, allow_subnormal=False), beta=st.floats(0.1, 3))
+def test_the_tanh_minimises_a_linear_form_and_an_entropy(w, beta):
+    grid = np.linspace(-1, 1, 80_001)[1:-1]
+    entropy = ((1 + grid) * np.log1p(grid) + (1 - grid) * np.log1p(-grid)) / (2 * beta)
+    best = grid[np.argmin(entropy - w * grid)]
+    np.testing.assert_allclose(relaxed(ScaledTanh(beta), SETS[0], w), best, atol=2e-4)
+    np.testing.assert_allclose(relaxed(ScaledTanh(beta), SETS[0], w), math.tanh(beta * w), rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@every_set
+@pytest.mark.parametrize(
+    "of", [lambda h: PiecewiseAffine(1 - h), lambda h: ScaledTanh(1 / (1 - h) if h < 1 else math.inf)]
+)
+@given(w=WEIGHT, h=STRENGTH)
+def test_a_staircase_is_odd_grows_with_w_and_ends_at_the_projection(quantizer, of, w, h):
+    x = relaxed(of(h), quantizer, w)
+    np.testing.assert_allclose(relaxed(of(h), quantizer, -w), -x, atol=1e-12)
+    assert relaxed(of(h), quantizer, w + 0.1) >= x - 1e-12
+    levels, middles = levels_of(quantizer), np.convolve(levels_of(quantizer), [0.5, 0.5], "valid")
+    assert levels[0] <= x <= levels[-1]
+    if np.min(np.abs(w - middles)) > 0.01:
+        nearest = levels[np.argmin(np.abs(w - levels))]
+        np.testing.assert_allclose(relaxed(of(1 - 1e-4), quantizer, w), nearest, atol=1e-6)
+        assert relaxed(of(1.0), quantizer, w) == nearest
+
+
+@pytest.mark.usefixtures("x64")
+@given(w=WEIGHT)
+def test_a_piecewise_affine_map_of_slope_one_clips_and_no_more(w):
+    assert relaxed(PiecewiseAffine(1.0), SETS[0], w) == min(max(w, -1.0), 1.0)
+
+
+def test_levels_that_coincide_give_no_nan():
+    w, zeros = jnp.ones(3), jnp.zeros(3)
+    for relaxation in (PiecewiseAffine(0.5), ScaledTanh(2.0)):
+        x = relaxation.at(0)(w, zeros, lambda: jnp.zeros((2, 1)))
+        np.testing.assert_array_equal(x, zeros)
+
+
+def test_another_relaxation_holds_until_the_hard_phase_and_not_a_step_longer():
+    relaxation = HardFrom(LinearBlend(lambda k: k / 10), step=5)
+    w, y = jnp.array(0.0), jnp.array(1.0)
+    values = [float(relaxation.at(k)(w, y, no_levels)) for k in range(8)]
+    np.testing.assert_allclose(values, [0, 0.1, 0.2, 0.3, 0.4, 1, 1, 1], rtol=1e-6)

@@ -16,15 +16,23 @@ from stam_jax import (
     Box,
     Hard,
     LinearBlend,
+    PiecewiseAffine,
     Ridge,
+    ScaledTanh,
     SquaredDistance,
+    Ternary,
+    admm_quant,
     binary_connect,
     binary_relax,
+    bop,
     hard_params,
+    md_tanh,
+    parq,
     prox_quant,
     quantized_leaves,
     select,
     stam,
+    straight_through,
 )
 from tests import helpers, reference
 
@@ -108,6 +116,65 @@ def test_prox_quant_is_the_published_iteration(momentum, clip):
     optimizer = prox_quant(ETA, growth=0.02, hard_from=40, clip=clip)
     advance = reference.prox_quant(ETA, growth=0.02, hard_from=40, clip=clip)
     assert_follows(behind_momentum(optimizer, momentum), advance, **momentum)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("momentum", MOMENTUM)
+@pytest.mark.parametrize(
+    "settings", [{"hard_from": 40}, {"hard_from": 45, "anneal_from": 10, "steepness": 3.0}]
+)
+def test_parq_is_the_published_iteration(momentum, settings):
+    advance = reference.parq(ETA, **settings)
+    assert_follows(behind_momentum(parq(ETA, **settings), momentum), advance, **momentum)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("momentum", MOMENTUM)
+def test_md_tanh_is_the_published_iteration(momentum):
+    settings = {"growth": 1.1, "growth_every": 3, "hard_from": 45}
+    advance = reference.md_tanh(ETA, **settings)
+    assert_follows(behind_momentum(md_tanh(ETA, **settings), momentum), advance, **momentum)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("momentum", MOMENTUM)
+@pytest.mark.parametrize("clip", [0.5, None])
+def test_the_straight_through_estimator_gates_gradients_before_momentum(momentum, clip):
+    inner = optax.trace(**momentum) if momentum else None
+    advance = reference.binary_connect(ETA, clip=None)
+    gate = math.inf if clip is None else clip
+    assert_follows(straight_through(ETA, inner=inner, clip=clip), advance, gate=gate, **momentum)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("momentum", MOMENTUM)
+@pytest.mark.parametrize("dual_every", [1, 4])
+def test_admm_is_its_three_blocks(momentum, dual_every):
+    settings = {"penalty": 1.5, "dual_every": dual_every, "hard_from": 42}
+    advance = reference.Admm(ETA, **settings)
+    assert_follows(behind_momentum(admm_quant(ETA, **settings), momentum), advance, **momentum)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("momentum", MOMENTUM)
+@pytest.mark.parametrize("adaptivity", [0.1, lambda k: 0.2 / (1 + k)], ids=["constant", "schedule"])
+def test_bop_is_the_published_iteration(momentum, adaptivity):
+    settings = {"adaptivity": adaptivity, "threshold": 0.01}
+    advance = reference.Bop(**settings)
+    assert_follows(behind_momentum(bop(ETA, **settings), momentum), advance, **momentum)
+
+
+def test_the_flips_of_bop_keep_the_scales_of_the_start():
+    optimizer = bop(ETA, adaptivity=0.5, threshold=0.0, quantizer=Binary())
+    params, state = PARAMS, optimizer.init(PARAMS)
+    sizes = np.abs(np.asarray(Binary().project(PARAMS["kernel"])))
+    signs = []
+    for sign in [1.0, -1.0] * 10:
+        gradients = jax.tree.map(lambda g, sign=sign: sign * g, GRADIENTS)
+        params, state = helpers.take_step(optimizer, gradients, state, params)
+        np.testing.assert_array_equal(np.abs(params["kernel"]), sizes)
+        signs.append(np.sign(params["kernel"]))
+    assert np.any(signs[0] != signs[1])
 
 
 @pytest.mark.parametrize("growth_every", [1, 7, 41, 55, 390])
@@ -567,11 +634,45 @@ def test_wrong_arguments_are_named_at_once(settings, error, message):
         (binary_relax, {"growth_every": 1, "hard_from": 1, "growth": 0.5}, r"binary_relax: growth .*0\.5"),
         (binary_relax, {"growth_every": 1, "hard_from": 1, "strength": -1.0}, r"binary_relax: strength .*-1"),
         (binary_connect, {"clip": -1.0}, r"Box: limit .*-1"),
+        (prox_quant, {"growth": -1.0, "hard_from": 1}, r"prox_quant: growth .*-1"),
+        (parq, {"hard_from": 5, "anneal_from": 5}, r"start must be below hard_from; got 5 and 5"),
+        (parq, {"hard_from": 5, "steepness": 0.0}, r"steepness must be a number in .0.001, inf.; got 0"),
+        (md_tanh, {"hard_from": 5, "growth": 0.5}, r"md_tanh: growth .*0\.5"),
+        (md_tanh, {"hard_from": -5}, r"HardFrom: step .*-5"),
+        (straight_through, {"clip": -1.0}, r"straight_through: clip .*-1"),
+        (admm_quant, {"penalty": 1.0, "dual_every": 0, "hard_from": 1}, r"admm_quant: dual_every .* got 0"),
+        (admm_quant, {"penalty": -1.0, "dual_every": 1, "hard_from": 1}, r"admm_quant: penalty .*-1"),
+        (bop, {"adaptivity": 1.5}, r"bop: adaptivity .*\[0, 1\].*1\.5"),
+        (bop, {"threshold": -1.0}, r"bop: threshold .*-1"),
+        (bop, {"quantizer": Ternary()}, r"bop: quantizer must be one of binary weights; got Ternary"),
     ],
 )
 def test_wrong_arguments_of_the_methods_are_named_at_once(method, settings, message):
     with pytest.raises(ValueError, match=message):
         method(ETA, **settings)
+
+
+def test_what_makes_the_direction_of_a_straight_through_gradient_is_a_transform():
+    with pytest.raises(TypeError, match=r"inner must be an optax.GradientTransformation; got 0\.9"):
+        straight_through(ETA, inner=0.9)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("relaxation", [PiecewiseAffine(0.5), ScaledTanh(2.0)])
+def test_a_relaxation_that_asks_for_levels_needs_a_quantizer_that_has_them(relaxation):
+    class Rounded:
+        bits = 8
+
+        def project(self, v: jax.Array) -> jax.Array:
+            return jnp.round(v)
+
+        def contains(self, y: jax.Array) -> jax.Array:
+            return jnp.all(y == jnp.round(y))
+
+    optimizer = stam(ETA, quantizer=Rounded(), relaxation=relaxation)
+    with pytest.raises(
+        ValueError, match=r"leaf 'kernel' .* asks for the levels .*Rounded.* no method levels"
+    ):
+        optimizer.init(PARAMS)
 
 
 @pytest.mark.parametrize(

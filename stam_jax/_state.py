@@ -53,15 +53,14 @@ class StamState(NamedTuple):
 
     Args:
         count: the steps taken so far, an int32 scalar.
-        displacement: v - x, the way from the parameters to the float block v that is projected, in float32 at
-            least, in a tree like the parameters with an `optax.MaskedNode` at each leaf that is not
-            quantised; None where v is x. What else moves the parameters, as `optax.lookahead` does, so moves
-            v along.
+        latent: the float block v that is projected, in float32 at least, in a tree like the parameters with
+            an `optax.MaskedNode` at each leaf that is not quantised; None where v is x, the parameters
+            themselves.
         quantizers: a tree like the parameters with an `Assigned` at each leaf.
     """
 
     count: jax.Array
-    displacement: Any
+    latent: Any
     quantizers: Any
 
 
@@ -72,7 +71,7 @@ def begin(
     mask: Mask | None,
     quantizer: Quantizer,
     probe: Callable[[Quantizer, jax.Array], Any] | None = None,
-    remembers: bool,
+    memory: Callable[[jax.Array], jax.Array] | None,
 ) -> StamState:
     """The state before the first step, where v is x.
 
@@ -82,7 +81,7 @@ def begin(
         mask: which leaves are quantised; see `stam`.
         quantizer: of those leaves.
         probe: what else each of those leaves must go through, tried on shapes alone.
-        remembers: whether the state holds an array per quantised leaf.
+        memory: what makes the array that the state holds for each of those leaves; None for none.
 
     Raises:
         ValueError, TypeError: as `stam`.
@@ -95,13 +94,19 @@ def begin(
         _check_fitting(where, quantizer, probe, name, leaf)
         return Assigned(quantizer)
 
-    displacement = None
     quantizers = _trees.map_named(assign, params)
-    if remembers:
-        displacement = _trees.map_named(
-            lambda name, x: jnp.zeros_like(x, wide(x)) if chosen[name] else optax.MaskedNode(), params
+    memories = None
+    if memory is not None:
+        memories = _trees.map_named(lambda name, x: memory(x) if chosen[name] else optax.MaskedNode(), params)
+    return StamState(jnp.zeros([], jnp.int32), memories, quantizers)
+
+
+def check_own(where: str, state: Any, kind: type) -> None:
+    """Raise unless the state is of the kind that the transform's `init` makes."""
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"{where}: update takes the state of its own init, a {kind.__name__}; got {type(state).__name__}."
         )
-    return StamState(jnp.zeros([], jnp.int32), displacement, quantizers)
 
 
 def wide(x: jax.Array) -> jnp.dtype:
@@ -109,30 +114,23 @@ def wide(x: jax.Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def float_block(x: jax.Array, displacement: jax.Array | None) -> jax.Array:
-    """The float block v that belongs to the parameters x."""
-    v = x.astype(wide(x))
-    return v if displacement is None else v + displacement
+def float_copy(x: jax.Array) -> jax.Array:
+    """The float block v before the first step."""
+    # A copy even where no cast is due: an alias of x would break the donation of both.
+    return jnp.array(x, wide(x), copy=True)
+
+
+def float_block(x: jax.Array, latent: jax.Array | None) -> jax.Array:
+    """The float block v: what the state holds, or x itself."""
+    return x.astype(wide(x)) if latent is None else latent
 
 
 def lead(
-    x: jax.Array, displacement: jax.Array | None, new_x: jax.Array, new_v: jax.Array
+    x: jax.Array, latent: jax.Array | None, new_x: jax.Array, new_v: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The update that leads from x to its next value, and the displacement from there to the next v."""
-    old_x = x.astype(wide(x))
-    if displacement is None:
-        return (new_x - old_x).astype(x.dtype), None
-    # From x as it will be stored: what the update rounds away is not lost to v.
-    update = _rounded(new_x - old_x, x.dtype)
-    arrived = _rounded(old_x + update, x.dtype)
-    return update.astype(x.dtype), (new_v - arrived).astype(displacement.dtype)
-
-
-def _rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The nearest numbers of a dtype, for good: XLA may skip a cast to and fro."""
-    if jnp.finfo(dtype).nmant >= jnp.finfo(x.dtype).nmant:
-        return x
-    return jax.lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
+    """The update that leads from x to its next value, and what the state holds from then on."""
+    update = (new_x - x.astype(wide(x))).astype(x.dtype)
+    return update, None if latent is None else new_v.astype(latent.dtype)
 
 
 def advance(
@@ -149,8 +147,8 @@ def advance(
     weights = jax.tree.leaves(params)
     assigned = assigned_quantizers(state)
     _check_matching(where, updates, params, assigned)
-    memories, memory_structure = jax.tree.flatten(state.displacement)
-    remembers = state.displacement is not None
+    memories, memory_structure = jax.tree.flatten(state.latent)
+    remembers = state.latent is not None
     new_updates, new_memories = [], []
     remaining = iter(memories)
     for d, x, quantizer in zip(directions, weights, assigned.values(), strict=True):
@@ -162,7 +160,7 @@ def advance(
         new_memories.append(memory)
     return jax.tree.unflatten(structure, new_updates), StamState(
         count=jnp.asarray(optax.safe_increment(state.count)),
-        displacement=jax.tree.unflatten(memory_structure, new_memories) if remembers else None,
+        latent=jax.tree.unflatten(memory_structure, new_memories) if remembers else None,
         quantizers=state.quantizers,
     )
 

@@ -73,8 +73,9 @@ def stam(
         regularizer_penalty: $\tau$, from 0 to infinity.
         inertia: $\kappa$ in [0, 1], the share of $w - x$ carried over to the next step: 0 is the proximal
             method, 1 the lazy update of BinaryConnect and BinaryRelax. By default 0 with a `penalty`, which
-            at 1 would not pull at all, and 1 otherwise. The number 0 saves the copy: above it the state
-            keeps v - x, so what else moves the parameters, as `optax.lookahead` does, moves v along.
+            at 1 would not pull at all, and 1 otherwise. The number 0 saves the copy of v. Above 0 a step
+            starts from v, not from the parameters: what else moves those, as `optax.lookahead` does, is
+            undone.
         project: `"first"`, $y^+ = P_Q(v)$: no noise of this step enters the projection; or `"last"`,
             $y^+ = P_Q(w^+)$: the network trained in a hard phase is the one that ships, not the one of the
             step before. By default first with a `penalty`, last otherwise.
@@ -146,10 +147,18 @@ def stam(
         return y if relaxation is None else relaxation.at(0)(v, y, _levels(leaf_quantizer, v))
 
     def init(params: Any) -> StamState:
-        return _state.begin("stam", params, mask=mask, quantizer=quantizer, probe=probe, remembers=is_lazy)
+        return _state.begin(
+            "stam",
+            params,
+            mask=mask,
+            quantizer=quantizer,
+            probe=probe,
+            memory=_state.float_copy if is_lazy else None,
+        )
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, StamState]:
         del extra_args
+        _state.check_own("stam", state, StamState)
         step = _Step.at(
             state.count,
             learning_rate=learning_rate,
@@ -161,9 +170,9 @@ def stam(
             project=project,
         )
 
-        def move(leaf_quantizer: Quantizer, x: jax.Array, displacement: Any, d: jax.Array) -> Any:
-            v = _state.float_block(x, displacement)
-            return _state.lead(x, displacement, *step.advance(leaf_quantizer, v, d))
+        def move(leaf_quantizer: Quantizer, x: jax.Array, latent: Any, d: jax.Array) -> Any:
+            v = _state.float_block(x, latent)
+            return _state.lead(x, latent, *step.advance(leaf_quantizer, v, d))
 
         return _state.advance("stam", state, updates, params, learning_rate=step.learning_rate, move=move)
 

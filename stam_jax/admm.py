@@ -73,22 +73,23 @@ def admm_quant(
         _numbers.check("admm_quant", name, value, low=low, finite=True, schedule=False)
 
     def init(params: Any) -> StamState:
-        return _state.begin("admm_quant", params, mask=mask, quantizer=quantizer, remembers=True)
+        return _state.begin("admm_quant", params, mask=mask, quantizer=quantizer, memory=_state.float_copy)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, StamState]:
         del extra_args
+        _state.check_own("admm_quant", state, StamState)
         eta = _numbers.at(learning_rate, state.count)
         is_hard = state.count >= hard_from
         is_dual = (state.count + 1) % dual_every == 0
 
-        def move(leaf_quantizer: Quantizer, x: jax.Array, displacement: Any, d: jax.Array) -> Any:
-            v = _state.float_block(x, displacement)
+        def move(leaf_quantizer: Quantizer, x: jax.Array, latent: Any, d: jax.Array) -> Any:
+            v = _state.float_block(x, latent)
             y = leaf_quantizer.project(v)
             u = v - y
             pulled = x.astype(v.dtype) - eta * d.astype(v.dtype) + eta * penalty * (y - u)
             new_x = jnp.where(is_hard, y, pulled / (1 + eta * penalty))
             new_v = jnp.where(is_dual & ~is_hard, new_x + u, v)
-            return _state.lead(x, displacement, new_x, new_v)
+            return _state.lead(x, latent, new_x, new_v)
 
         return _state.advance("admm_quant", state, updates, params, learning_rate=eta, move=move)
 

@@ -38,10 +38,10 @@ def bop(
     $$m^+ = (1 - \gamma) m + \gamma d, \qquad
       x^+ = -x \text{ where } |m^+| > \tau \text{ and } \mathrm{sign}(m^+) = \mathrm{sign}(x).$$
 
-    There are no float weights: the first step sets the parameters to $P_Q(x)$, and from then on they change
-    by flips alone; scales stay what they were at the start. It is not a configuration of `stam`, which has a
-    float block. The direction should be the plain gradient, with no momentum or Adam before it (the paper
-    trains the other leaves with Adam: see the example).
+    There are no float weights: parameters that are not binary, as at the start, are set to $P_Q(x)$, and from
+    then on they change by flips alone; scales stay what they were at the start. It is not a configuration of
+    `stam`, which has a float block. The direction should be the plain gradient, with no momentum or Adam
+    before it (the paper trains the other leaves with Adam: see the example).
 
     Args:
         learning_rate: the step size of the leaves that are not quantised, a number or a schedule.
@@ -77,24 +77,31 @@ def bop(
         raise ValueError(f"bop: quantizer must be one of binary weights; got {quantizer!r}.")
 
     def init(params: Any) -> BopState:
-        state = _state.begin("bop", params, mask=mask, quantizer=quantizer, remembers=True)
-        return BopState(momentum=state.displacement, weights=state._replace(displacement=None))
+        state = _state.begin(
+            "bop",
+            params,
+            mask=mask,
+            quantizer=quantizer,
+            memory=lambda x: jnp.zeros_like(x, _state.wide(x)),
+        )
+        return BopState(momentum=state.latent, weights=state._replace(latent=None))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, BopState]:
         del extra_args
+        _state.check_own("bop", state, BopState)
         count = state.weights.count
         gamma, tau = _numbers.at(adaptivity, count), _numbers.at(threshold, count)
 
         def move(leaf_quantizer: Quantizer, x: jax.Array, m: Any, d: jax.Array) -> tuple[jax.Array, Any]:
             m = ((1 - gamma) * m + gamma * d.astype(m.dtype)).astype(m.dtype)
-            # Projected once: a scale projected again and again would drift by its rounding.
-            y = jnp.where(count == 0, leaf_quantizer.project(x), x)
+            # Projected only where need be: a scale projected again and again would drift by its rounding.
+            y = jnp.where(leaf_quantizer.contains(x), x, leaf_quantizer.project(x))
             flipped = jnp.where((jnp.abs(m) > tau) & ((m >= 0) == (y >= 0)), -y, y)
             return flipped - x, m
 
-        remembering = state.weights._replace(displacement=state.momentum)
+        remembering = state.weights._replace(latent=state.momentum)
         eta = _numbers.at(learning_rate, count)
         updates, after = _state.advance("bop", remembering, updates, params, learning_rate=eta, move=move)
-        return updates, BopState(momentum=after.displacement, weights=after._replace(displacement=None))
+        return updates, BopState(momentum=after.latent, weights=after._replace(latent=None))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -58,7 +58,7 @@ def quantized_leaves(opt_state: Any, params: Any) -> dict[str, QuantizedLeaf]:
         )
     found: dict[str, QuantizedLeaf] = {}
     for state in states:
-        away = None if state.displacement is None else _trees.named_leaves(state.displacement)
+        latents = None if state.latent is None else _trees.named_leaves(state.latent)
         for name, quantizer in assigned_quantizers(state).items():
             if quantizer is None:
                 continue
@@ -69,12 +69,12 @@ def quantized_leaves(opt_state: Any, params: Any) -> dict[str, QuantizedLeaf]:
                     f"opt_state holds the leaf {name!r}, which params lack; they hold {', '.join(weights)}."
                 )
             x = jnp.asarray(weights[name])
-            displacement = None if away is None else away[name]
-            if displacement is not None and displacement.shape != x.shape:
+            kept = None if latents is None else latents[name]
+            if kept is not None and kept.shape != x.shape:
                 raise ValueError(
-                    f"The leaf {name!r} has shape {displacement.shape} in opt_state and {x.shape} in params."
+                    f"The leaf {name!r} has shape {kept.shape} in opt_state and {x.shape} in params."
                 )
-            latent = _state.float_block(x, displacement)
+            latent = jnp.asarray(_state.float_block(x, kept))
             hard = quantizer.project(latent).astype(x.dtype)
             found[name] = QuantizedLeaf(latent=latent, hard=hard, quantizer=quantizer)
     return {name: found[name] for name in weights if name in found}

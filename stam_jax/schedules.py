@@ -65,7 +65,7 @@ def linear_to_hard(hard_from: int, *, start: int = 0) -> optax.Schedule:
         [0.0, 0.0, 0.5, 1.0, 1.0]
     """
     _check_span("linear_to_hard", start, hard_from)
-    return lambda count: jnp.clip((jnp.asarray(count) - start) / (hard_from - start), 0, 1)
+    return lambda count: jnp.clip((1.0 * jnp.asarray(count) - start) / (hard_from - start), 0, 1)
 
 
 def sigmoid_inverse_slope(hard_from: int, *, start: int = 0, steepness: float = 10.0) -> optax.Schedule:
@@ -98,7 +98,7 @@ def sigmoid_inverse_slope(hard_from: int, *, start: int = 0, steepness: float = 
     _numbers.check("sigmoid_inverse_slope", "steepness", steepness, low=1e-3, finite=True, schedule=False)
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
-        t = jnp.clip((jnp.asarray(count) - start) / (hard_from - start), 0, 1)
+        t = jnp.clip((1.0 * jnp.asarray(count) - start) / (hard_from - start), 0, 1)
         at = lambda t: jax.nn.sigmoid(steepness * (0.5 - t))
         return jnp.where(t < 1, (at(t) - at(1.0)) / (at(0.0) - at(1.0)), 0.0)
 

@@ -86,6 +86,7 @@ def straight_through(
         return StraightThroughState(inner=direction.init(params), weights=cast(Any, weights.init(params)))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        _state.check_own("straight_through", state, StraightThroughState)
         if clip is not None:
             updates = _gated(updates, state.weights, params, clip)
         updates, inner_state = direction.update(updates, state.inner, params, **extra_args)
@@ -98,9 +99,9 @@ def straight_through(
 def _gated(updates: Any, state: StamState, params: Any, clip: float) -> Any:
     """The gradients, 0 where the float weight is larger than the clip."""
 
-    def gate(quantizer: Quantizer, x: jax.Array, displacement: Any, d: jax.Array) -> tuple[jax.Array, Any]:
-        size = jnp.abs(_state.float_block(x, displacement))
-        return jnp.where(size > clip, 0, d).astype(d.dtype), displacement
+    def gate(quantizer: Quantizer, x: jax.Array, latent: Any, d: jax.Array) -> tuple[jax.Array, Any]:
+        size = jnp.abs(_state.float_block(x, latent))
+        return jnp.where(size > clip, 0, d).astype(d.dtype), latent
 
     # A learning rate of -1 leaves the gradients of the other leaves as they are.
     return _state.advance("straight_through", state, updates, params, learning_rate=-1, move=gate)[0]

@@ -1,9 +1,9 @@
 """What holds for every method of the package alike."""
 
+import inspect
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +14,10 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from stam_jax import LinearBlend, StamState, binary_connect, binary_relax, hard_params, prox_quant, stam
-from tests import helpers
+from stam_jax import StamState, hard_params, quantized_leaves
+from tests import helpers, home_made
+from tests.methods import METHODS, STEPS
 
-STEPS = 400
-Method = Callable[..., optax.GradientTransformationExtraArgs]
-
-
-def relaxed(learning_rate: Any, **settings: Any) -> optax.GradientTransformationExtraArgs:
-    return binary_relax(learning_rate, growth_every=4, hard_from=300, **settings)
-
-
-def proximal(learning_rate: Any, **settings: Any) -> optax.GradientTransformationExtraArgs:
-    rho = optax.exponential_decay(1e-3, STEPS // 16, 2.0)
-    return stam(learning_rate, penalty=rho, inertia=0.0, **settings)
-
-
-def inertial(learning_rate: Any, **settings: Any) -> optax.GradientTransformationExtraArgs:
-    theta = optax.linear_schedule(0.0, 1.0, 3 * STEPS // 4)
-    return stam(learning_rate, relaxation=LinearBlend(theta), inertia=0.99, **settings)
-
-
-def shrunk(learning_rate: Any, **settings: Any) -> optax.GradientTransformationExtraArgs:
-    return prox_quant(learning_rate, growth=0.01, hard_from=300, **settings)
-
-
-METHODS: dict[str, Method] = {
-    "binary_connect": binary_connect,
-    "binary_relax": relaxed,
-    "prox_quant": shrunk,
-    "proximal": proximal,
-    "inertial": inertial,
-    "default": stam,
-}
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 # Binary least squares: a planted sign pattern seen through noise, so that no float solution is binary.
@@ -111,19 +82,243 @@ def test_jit_changes_nothing(method):
 
 
 @every_method
-def test_the_state_keeps_its_structure_and_types(method):
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_parameters_and_state_keep_their_types(method, dtype, x64):
     optimizer = method(0.05)
-    before = optimizer.init(START)
-    _, after = helpers.take_step(optimizer, START, before, START)
-    assert isinstance(after, StamState)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), START)
+    before = jax.eval_shape(optimizer.init, params)
+    updates, after = jax.eval_shape(optimizer.update, params, before, params)
     assert jax.tree.structure(after) == jax.tree.structure(before)
-    types = lambda state: [jax.typeof(leaf) for leaf in jax.tree.leaves(state)]
+    types = lambda tree: [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(tree)]
     assert types(after) == types(before)
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(before) if leaf.ndim} <= {
+        jnp.promote_types(dtype, jnp.float32)
+    }
+
+
+@every_method
+def test_it_descends_into_the_valley_of_rosenbrock_when_nothing_is_quantised(method):
+    valley = lambda p: (1 - p["a"][0, 0]) ** 2 + 100 * (p["b"] - p["a"][0, 0] ** 2) ** 2
+    optimizer = optax.chain(optax.trace(0.9), method(2e-4, mask=False))
+    start = {"a": jnp.array([[-1.2]]), "b": jnp.array(1.0)}
+
+    def step(carry: Any, _: None) -> Any:
+        params, state = carry
+        return helpers.take_step(optimizer, jax.grad(valley)(params), state, params), None
+
+    (end, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=6000))(
+        (start, optimizer.init(start))
+    )
+    np.testing.assert_allclose([end["a"][0, 0], end["b"]], 1.0, atol=0.02)
 
 
 @every_method
 def test_two_runs_are_the_same_bit_for_bit(method):
     jax.tree.map(np.testing.assert_array_equal, train(method(0.05), 50), train(method(0.05), 50))
+
+
+# Every habit of Optax.
+
+NOISE = [jax.tree.map(lambda x, k=k: jnp.cos(7 * k + 50 * x), START) for k in range(6)]
+
+
+def steps(optimizer: Any, gradients: Any, start: Any = START) -> Any:
+    """Parameters and state after a step along each of the gradients."""
+    carry = start, optimizer.init(start)
+    for gradient in gradients:
+        carry = helpers.take_step(optimizer, gradient, carry[1], carry[0])
+    return carry
+
+
+def is_stam_state(node: Any) -> bool:
+    return isinstance(node, StamState)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a, b)
+
+
+@every_method
+def test_injected_hyperparameters_can_change_without_a_new_trace(method):
+    traces = []
+    injected = optax.inject_hyperparams(lambda learning_rate: method(learning_rate))(0.05)
+
+    @jax.jit
+    def step(state, params, gradient):
+        traces.append(None)
+        return helpers.take_step(injected, gradient, state, params)
+
+    params, state = START, helpers.begin(injected, START)
+    plain_params, plain_state = START, method(0.05).init(START)
+    for k, gradient in enumerate(NOISE):
+        rate = 0.05 / (k + 1)
+        state.hyperparams["learning_rate"] = jnp.asarray(rate)
+        params, state = step(state, params, gradient)
+        plain_params, plain_state = helpers.take_step(method(rate), gradient, plain_state, plain_params)
+    assert_same(params, plain_params)
+    assert len(traces) == 1
+
+
+@every_method
+def test_a_part_of_a_tree_can_be_its_own(method):
+    expected, _ = steps(method(0.05), NOISE)
+    parts = {"kernel": "quantised", "bias": "float"}
+    partitioned = optax.partition({"quantised": method(0.05), "float": optax.sgd(0.05)}, parts)
+    masked = optax.chain(
+        optax.masked(method(0.05), {"kernel": True, "bias": False}),
+        optax.masked(optax.sgd(0.05), {"kernel": False, "bias": True}),
+    )
+    for optimizer in (partitioned, masked):
+        params, state = steps(optimizer, NOISE)
+        assert_same(params, expected)
+        assert list(quantized_leaves(state, params)) == ["kernel"]
+
+
+@every_method
+def test_two_small_batches_are_one_large_one(method):
+    gradient = lambda params, rows: jax.grad(loss)(params, INPUTS[rows], TARGETS[rows])
+    accumulated, small = START, optax.MultiSteps(method(0.05), 2).gradient_transformation()
+    expected, large = START, method(0.05)
+    small_state, large_state = small.init(START), large.init(START)
+    for _ in range(3):
+        for rows in (slice(0, 64), slice(64, 128)):
+            direction = gradient(accumulated, rows)
+            accumulated, small_state = helpers.take_step(small, direction, small_state, accumulated)
+        direction = gradient(expected, slice(0, 128))
+        expected, large_state = helpers.take_step(large, direction, large_state, expected)
+    assert_same(accumulated, expected)
+    assert_same(hard_params(small_state, accumulated), hard_params(large_state, expected))
+
+
+@every_method
+def test_a_step_that_is_not_finite_changes_nothing(method):
+    optimizer = optax.apply_if_finite(method(0.05), 3)
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, NOISE[0])
+    params, state = steps(optimizer, [NOISE[0], broken, NOISE[1]])
+    expected, expected_state = steps(method(0.05), NOISE[:2])
+    assert_same(params, expected)
+    assert_same(hard_params(state, params), hard_params(expected_state, expected))
+
+
+@every_method
+def test_lookahead_moves_the_parameters_and_not_the_float_block_that_a_state_holds(method):
+    params: Any = optax.LookaheadParams.init_synced(START)
+    optimizer: Any = optax.lookahead(method(0.05), sync_period=3, slow_step_size=0.5)
+    state = optimizer.init(params)
+    for gradient in NOISE[:2]:
+        params, state = helpers.take_step(optimizer, gradient, state, params)
+    alone, alone_state = helpers.take_step(method(0.05), NOISE[2], state.fast_state, params.fast)
+    params, state = helpers.take_step(optimizer, NOISE[2], state, params)
+    assert_same(params.fast, params.slow)
+    assert_same(params.fast, jax.tree.map(lambda a, b: (a + b) / 2, START, alone))
+    latent, alone_latent = (
+        quantized_leaves(s, p)["kernel"].latent for s, p in ((state, params.fast), (alone_state, alone))
+    )
+    (own,) = (node for node in jax.tree.leaves(state, is_leaf=is_stam_state) if is_stam_state(node))
+    assert_same(latent, params.fast["kernel"] if own.latent is None else alone_latent)
+
+
+@every_method
+def test_lookahead_finds_the_planted_signs_but_for_one(method):
+    optimizer = optax.lookahead(method(optax.linear_schedule(0.05, 0.0, STEPS)), 5, 0.5)
+
+    def step(carry: Any, _: None) -> Any:
+        params, state = carry
+        return helpers.take_step(optimizer, jax.grad(loss)(params.fast), state, params), None
+
+    start: Any = optax.LookaheadParams.init_synced(START)
+    carry = start, optimizer.init(start)
+    params, state = jax.jit(lambda carry: jax.lax.scan(step, carry, length=STEPS)[0])(carry)
+    # A gradient at the slow weights now and then is noise to the methods that keep float ones.
+    assert np.sum(np.sign(hard_params(state, params.fast)["kernel"]) != SIGNS) <= 1
+
+
+@every_method
+def test_clipping_and_weight_decay_come_before_it(method):
+    chained = optax.chain(optax.clip_by_global_norm(0.5), optax.add_decayed_weights(0.3), method(0.05))
+    params, state = START, method(0.05).init(START)
+    for gradient in NOISE[:3]:
+        norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(gradient)))
+        direction = jax.tree.map(lambda g, x, norm=norm: g / max(norm / 0.5, 1) + 0.3 * x, gradient, params)
+        params, state = helpers.take_step(method(0.05), direction, state, params)
+    assert_same(steps(chained, NOISE[:3])[0], params)
+
+
+@every_method
+def test_functions_of_parameters_map_over_its_state(method):
+    optimizer = optax.chain(optax.trace(0.9), method(0.05))
+    _, state = steps(optimizer, NOISE[:2])
+    doubled = optax.tree.map_params(optimizer, lambda leaf: 2 * leaf, state)
+    assert jax.tree.structure(doubled) == jax.tree.structure(state)
+    for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(doubled), strict=True):
+        # Counts are not like parameters; all else that a state keeps is.
+        np.testing.assert_array_equal(after, 2 * before if jnp.ndim(before) else before)
+
+
+@every_method
+def test_unusual_trees_stay_as_they_are(method):
+    optimizer = method(0.05)
+    params = {
+        "none": None,
+        "scalar": jnp.array(2.0),
+        "empty": jnp.zeros((0, 3)),
+        "zeros": jnp.zeros((4, 2)),
+        "ragged": [jnp.ones((2, 3)), (jnp.ones(5), jnp.ones((1, 1, 4))), {}],
+    }
+    after, state = steps(optimizer, [params, params], params)
+    assert jax.tree.structure(after) == jax.tree.structure(params)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, params)
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((after, hard_params(state, after))))
+    assert list(quantized_leaves(state, after)) == ["empty", "ragged/0", "ragged/1/1", "zeros"]
+    for nothing in ({}, (), {"none": None}):
+        assert steps(optimizer, [nothing], nothing)[0] == nothing
+
+
+@every_method
+def test_parameters_and_state_can_be_donated(method):
+    optimizer = method(0.05)
+    step = lambda params, state, gradient: helpers.take_step(optimizer, gradient, state, params)
+    params = jax.tree.map(jnp.copy, START)
+    state = optimizer.init(params)
+    donated = jax.tree.leaves((params, state))
+    after = jax.jit(step, donate_argnums=(0, 1))(params, state, NOISE[0])
+    assert all(leaf.is_deleted() for leaf in donated)
+    assert_same(after, steps(optimizer, NOISE[:1]))
+
+
+@every_method
+def test_seeds_under_vmap_are_the_loop_over_seeds(method):
+    optimizer = method(0.05)
+
+    def run(scale: jax.Array) -> Any:
+        params, state = steps(optimizer, NOISE[:2], jax.tree.map(lambda leaf: scale * leaf, START))
+        return params, hard_params(state, params)
+
+    together = jax.jit(jax.vmap(run))(jnp.array([1.0, 0.5, -2.0]))
+    for i, scale in enumerate([1.0, 0.5, -2.0]):
+        assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], together), run(jnp.array(scale)))
+
+
+@every_method
+def test_wrong_calls_say_what_and_where(method):
+    optimizer = method(0.05)
+    state = optimizer.init(START)
+    with pytest.raises(ValueError, match=r"^\w+: update needs the parameters"):
+        optimizer.update(NOISE[0], state)
+    with pytest.raises(ValueError, match=r"^\w+: updates do not match .*missing \['kernel'\]"):
+        optimizer.update({"bias": NOISE[0]["bias"]}, state, START)
+    with pytest.raises(ValueError, match=r"^\w+: params do not match .*unexpected \['head'\]"):
+        optimizer.update(NOISE[0], state, START | {"head": jnp.ones(1)})
+    with pytest.raises(ValueError, match=r"^\w+: update takes the state of its own init.*got EmptyState"):
+        optimizer.update(NOISE[0], optax.EmptyState(), START)
+    with pytest.raises(ValueError, match=r"^\w+: mask says nothing of the leaf 'bias'"):
+        method(0.05, mask={"kernel": True}).init(START)
+
+
+def test_a_method_of_ones_own_takes_twenty_lines_at_most():
+    pieces = (home_made.Shifts, home_made.Cubic, home_made.home_made)
+    assert sum(len(inspect.getsource(piece).splitlines()) for piece in pieces) <= 20
 
 
 def check_sharding() -> None:
@@ -146,7 +341,7 @@ def check_sharding() -> None:
         state = jax.jit(optimizer.init)(params)
         for _ in range(20):
             params, state = step(params, state)
-        for leaf in (params["kernel"], *jax.tree.leaves(state.displacement)):
+        for leaf in (params["kernel"], *(leaf for leaf in jax.tree.leaves(state) if leaf.ndim)):
             assert len({shard.device for shard in leaf.addressable_shards}) == 8
             assert leaf.sharding.is_equivalent_to(rows, 2), f"{name}: {leaf.sharding}"
         expected, expected_state = train(optimizer, 20)

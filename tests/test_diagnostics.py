@@ -45,8 +45,8 @@ def test_binary_weights_have_no_gap(x):
 
 
 def test_weights_at_a_distance_from_a_hard_network_of_zeros_have_no_finite_gap():
-    state = helpers.begin(stam(0.1, quantizer=TENSOR), jnp.ones((1, 2)))
-    assert quantisation_gap(state._replace(displacement=-jnp.ones((1, 2))), jnp.ones((1, 2))) == np.inf
+    state = stam(0.1, quantizer=TENSOR).init(jnp.zeros((1, 2)))
+    assert quantisation_gap(state, jnp.ones((1, 2))) == np.inf
 
 
 def test_a_gap_needs_a_state_of_stam():

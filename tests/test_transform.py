@@ -422,7 +422,7 @@ def test_parameters_keep_their_dtype_and_the_float_block_has_32_bits_at_least(dt
         updates, _ = optimizer.update(gradients, state, params)
         assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
         _, state = helpers.take_step(optimizer, gradients, state, params)
-        floats = {leaf.dtype for leaf in jax.tree.leaves(state.displacement)}
+        floats = {leaf.dtype for leaf in jax.tree.leaves(state.latent)}
         assert floats == (set() if inertia == 0.0 else {jnp.promote_types(dtype, jnp.float32)})
 
 
@@ -744,9 +744,7 @@ def test_a_penalty_without_a_regularizer_is_not_damped_by_an_injected_tau():
 
 @pytest.mark.parametrize("zero", [0, 0.0, np.float32(0), np.float64(0)])
 def test_any_plain_zero_saves_the_copy(zero):
-    assert (
-        helpers.begin(stam(0.1, penalty=1.0, inertia=zero), {"kernel": jnp.ones((2, 2))}).displacement is None
-    )
+    assert helpers.begin(stam(0.1, penalty=1.0, inertia=zero), {"kernel": jnp.ones((2, 2))}).latent is None
 
 
 def test_a_selection_of_another_tree_is_refused():
@@ -784,7 +782,7 @@ def test_a_mask_of_the_whole_tree_serves_a_part_of_it(mask, part):
 def test_a_penalty_makes_the_proximal_method():
     # At inertia 1 a penalty would not pull the weights at all, and fade with the step size.
     state = helpers.begin(stam(0.1, penalty=1.0), {"kernel": jnp.ones((2, 2))})
-    assert state.displacement is None
+    assert state.latent is None
 
 
 def test_without_inertia_something_must_pull():

@@ -30,13 +30,12 @@ def compare(settings: CompareSettings, output: Path | None, console: Console) ->
     Raises:
         SettingsError: if the settings do not go together.
     """
-    for name in ("methods", "seeds"):
-        chosen = getattr(settings, name)
-        if not chosen or len(set(chosen)) < len(chosen):
-            raise SettingsError(f"--{name}: give at least one, and none twice.")
+    methods = settings.chosen()
+    if not settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
+        raise SettingsError("--seeds: give at least one, and none twice.")
     dataset = data.load(settings.dataset)
     jobs = []
-    for method in settings.methods:
+    for method in methods:
         each = settings.runs_of(method)
         trainer = Trainer(each[0], dataset)
         jobs.extend((trainer, one) for one in each)

@@ -4,12 +4,26 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 from cyclopts import Parameter, Token
 from cyclopts.validators import Number
 
-Method = Literal["float", "binary_connect", "binary_relax", "stam"]
+Method = Literal[
+    "float",
+    "binary_connect",
+    "straight_through",
+    "straight_through_clipped",
+    "binary_relax",
+    "prox_quant",
+    "parq",
+    "md_tanh",
+    "admm_quant",
+    "bop",
+    "stam_proximal",
+    "stam",
+]
+METHODS: tuple[Method, ...] = get_args(Method)
 DatasetName = Literal["digits"]
 ModelName = Literal["resnet8"]
 
@@ -88,15 +102,28 @@ class TrainSettings(Settings):
 class CompareSettings(Settings):
     """One run per method and seed."""
 
-    methods: Annotated[tuple[Method, ...], Parameter(consume_multiple=True, negative="")] = (
+    methods: Annotated[tuple[Method | Literal["all"], ...], Parameter(consume_multiple=True, negative="")] = (
         "float",
         "binary_connect",
         "binary_relax",
         "stam",
     )
-    """Methods to train with."""
+    """Methods to train with; "all" for every one."""
     seeds: Annotated[tuple[Annotated[int, _SEED], ...], Parameter(consume_multiple=True, negative="")] = (0,)
     """Seeds, each a run per method."""
+
+    def chosen(self) -> tuple[Method, ...]:
+        """The methods to train with, each by its name.
+
+        Raises:
+            SettingsError: if there is none, or one is named twice.
+        """
+        if self.methods == ("all",):
+            return METHODS
+        named = cast(tuple[Method, ...], tuple(method for method in self.methods if method != "all"))
+        if not named or len(set(named)) < len(self.methods):
+            raise SettingsError('--methods: give at least one, and none twice; "all" stands alone.')
+        return named
 
     def runs_of(self, method: Method) -> Sequence[TrainSettings]:
         """The settings of one method's runs, a seed each."""

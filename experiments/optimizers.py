@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import stam_jax
@@ -35,18 +37,27 @@ def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int,
         epoch: steps of one epoch.
 
     Returns:
-        An `optax.GradientTransformation`: weight decay and Nesterov momentum, the same for all methods,
-        then the method with a cosine schedule of the step size.
+        An `optax.GradientTransformation`: weight decay and Nesterov momentum, the same for all methods but
+        Bop, whose binary weights take plain gradients; then the method with a cosine schedule of the step
+        size.
     """
     learning_rate = optax.cosine_decay_schedule(settings.learning_rate, steps)
     scale = None if settings.scale == "none" else settings.scale
-    quantizer = stam_jax.Binary(scale=scale)
-    hard_from = round(settings.hard_from * steps)
+    common = {"quantizer": stam_jax.Binary(scale=scale), "mask": selection}
+    hard_from = max(round(settings.hard_from * steps), 1)
+    momentum = optax.trace(settings.momentum, nesterov=True)
+    decay = optax.add_decayed_weights(settings.weight_decay, mask=lambda p: stam_jax.select(p).mask)
     match settings.method:
         case "float":
             method = optax.scale_by_learning_rate(learning_rate)
         case "binary_connect":
-            method = stam_jax.binary_connect(learning_rate, quantizer=quantizer, mask=selection)
+            method = stam_jax.binary_connect(learning_rate, **common)
+        case "straight_through":
+            method = stam_jax.straight_through(learning_rate, clip=None, **common)
+        case "straight_through_clipped":
+            # The estimator gates the gradient before it becomes momentum.
+            gated = stam_jax.straight_through(learning_rate, inner=momentum, **common)
+            return optax.chain(decay, gated)
         case "binary_relax":
             # The paper's 200 epochs, told in shares of the run: the strength ends phase I at 1.04^150.
             method = stam_jax.binary_relax(
@@ -54,18 +65,36 @@ def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int,
                 growth_every=epoch,
                 growth=1.04 ** (200 / settings.epochs),
                 hard_from=hard_from,
-                quantizer=quantizer,
-                mask=selection,
+                **common,
             )
-        case "stam":
-            method = stam_jax.stam(
+        case "prox_quant":
+            # Along the cosine the thresholds of all steps add up to some 0.3, what weights begin with.
+            growth = 1.5 / (settings.learning_rate * steps * hard_from)
+            method = stam_jax.prox_quant(learning_rate, growth=growth, hard_from=hard_from, **common)
+        case "parq":
+            method = stam_jax.parq(learning_rate, hard_from=hard_from, **common)
+        case "md_tanh":
+            method = stam_jax.md_tanh(
                 learning_rate,
-                relaxation=stam_jax.LinearBlend(optax.linear_schedule(0.0, 1.0, max(hard_from, 1))),
-                quantizer=quantizer,
-                mask=selection,
+                growth=100 ** (epoch / hard_from),
+                growth_every=epoch,
+                hard_from=hard_from,
+                **common,
             )
-    return optax.chain(
-        optax.add_decayed_weights(settings.weight_decay, mask=lambda p: stam_jax.select(p).mask),
-        optax.trace(settings.momentum, nesterov=True),
-        method,
-    )
+        case "admm_quant":
+            method = stam_jax.admm_quant(
+                learning_rate, penalty=1.0, dual_every=epoch, hard_from=hard_from, **common
+            )
+        case "bop":
+            flips = stam_jax.bop(learning_rate, adaptivity=1e-3, threshold=1e-4, **common)
+            rest = optax.chain(decay, momentum, optax.scale_by_learning_rate(learning_rate))
+            kinds = jax.tree.map(lambda chosen: "binary" if chosen else "float", selection.mask)
+            return optax.partition({"binary": flips, "float": rest}, kinds)
+        case "stam_proximal":
+            grown = stam_jax.schedules.geometric(1e-3, growth=1e6 ** (1 / hard_from))
+            penalty = lambda count: jnp.where(count < hard_from, grown(count), jnp.inf)
+            method = stam_jax.stam(learning_rate, penalty=penalty, **common)
+        case "stam":
+            blend = stam_jax.LinearBlend(stam_jax.schedules.linear_to_hard(hard_from))
+            method = stam_jax.stam(learning_rate, relaxation=blend, **common)
+    return optax.chain(decay, momentum, method)

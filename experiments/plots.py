@@ -25,11 +25,12 @@ def curves(path: Path, runs: Mapping[str, Sequence[Metrics]]) -> None:
         accuracy, gap, flips = figure.subplots(1, 3)
         for index, (method, seeds) in enumerate(runs.items()):
             colour = _COLOURS[index % len(_COLOURS)]
+            dashes = "-" if index < len(_COLOURS) else "--"
             for seed, metrics in enumerate(seeds):
                 label = method if seed == 0 else None
                 is_float = metrics[0]["hard_accuracy"] is None
-                style = {"color": colour, "alpha": 0.85, "linewidth": 1.4}
-                _line(accuracy, metrics, "relaxed_accuracy", **style | {"linewidth": 0.9}, linestyle=":")
+                style = {"color": colour, "alpha": 0.85, "linewidth": 1.4, "linestyle": dashes}
+                _line(accuracy, metrics, "relaxed_accuracy", **style | {"linewidth": 0.9, "linestyle": ":"})
                 main = "relaxed_accuracy" if is_float else "hard_accuracy"
                 _line(accuracy, metrics, main, **style, label=label)
                 if not is_float:

@@ -20,8 +20,9 @@ from flax.training.train_state import TrainState
 
 from stam_jax import Binary, LinearBlend, StamState, hard_params, quantized_leaves, select, stam
 from tests import helpers
+from tests.methods import METHODS
 
-STEPS = 60
+STEPS, FEW = 60, 6
 rng = np.random.default_rng(0)
 INPUTS = jnp.asarray(rng.normal(size=(64, 4)), jnp.float32)
 TARGETS = jnp.tanh(INPUTS @ jnp.sign(jnp.asarray(rng.normal(size=(4, 2)), jnp.float32)))
@@ -50,12 +51,15 @@ class Run(NamedTuple):
     hard_loss: float
 
 
-def plain() -> Run:
+Make = Callable[..., Any]
+
+
+def plain(make: Make, steps: int) -> Run:
     def loss(params: Any) -> jax.Array:
         hidden = jnp.tanh(INPUTS @ params["body"]["kernel"] + params["body"]["bias"])
         return mean_square(hidden @ params["head"]["kernel"] + params["head"]["bias"])
 
-    optimizer = make_optimizer()
+    optimizer = make(quantizer=Binary())
 
     @jax.jit
     def step(params: Any, state: Any) -> Any:
@@ -63,7 +67,7 @@ def plain() -> Run:
         return value, *helpers.take_step(optimizer, gradients, state, params)
 
     params, state, losses = START, optimizer.init(START), []
-    for _ in range(STEPS):
+    for _ in range(steps):
         value, params, state = step(params, state)
         losses.append(value)
     hard = hard_params(state, params)
@@ -76,10 +80,10 @@ class LinenNetwork(nn.Module):
         return nn.Dense(2, name="head")(jnp.tanh(nn.Dense(8, name="body")(x)))
 
 
-def linen() -> Run:
+def linen(make: Make, steps: int) -> Run:
     model: Any = LinenNetwork()
     assert jax.tree.structure(model.init(jax.random.key(0), INPUTS)["params"]) == jax.tree.structure(START)
-    train_state = TrainState.create(apply_fn=model.apply, params=START, tx=make_optimizer())
+    train_state = TrainState.create(apply_fn=model.apply, params=START, tx=make(quantizer=Binary()))
 
     @jax.jit
     def step(train_state: TrainState) -> Any:
@@ -88,7 +92,7 @@ def linen() -> Run:
         return value, train_state.apply_gradients(grads=gradients)
 
     losses = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         value, train_state = step(train_state)
         losses.append(value)
     hard = hard_params(train_state.opt_state, train_state.params)
@@ -104,10 +108,10 @@ class NNXNetwork(nnx.Module):
         return self.head(jnp.tanh(self.body(x)))
 
 
-def nnx_run() -> Run:
+def nnx_run(make: Make, steps: int) -> Run:
     model = NNXNetwork(nnx.Rngs(0))
     nnx.update(model, START)
-    optimizer = nnx.Optimizer(model, make_optimizer(), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, make(quantizer=Binary()), wrt=nnx.Param)
 
     @nnx.jit
     def step(model: NNXNetwork, optimizer: nnx.Optimizer) -> jax.Array:
@@ -115,7 +119,7 @@ def nnx_run() -> Run:
         optimizer.update(model, gradients)
         return value
 
-    losses = [step(model, optimizer) for _ in range(STEPS)]
+    losses = [step(model, optimizer) for _ in range(steps)]
     params = nnx.state(model, nnx.Param)
     hard = hard_params(optimizer.opt_state, params)
     assert list(quantized_leaves(optimizer, params)) == ["body/kernel", "head/kernel"]
@@ -131,7 +135,7 @@ class EquinoxNetwork(eqx.Module):
         return self.head(jnp.tanh(self.body(x)))
 
 
-def equinox() -> Run:
+def equinox(make: Make, steps: int) -> Run:
     def layer(name: str) -> eqx.nn.Linear:
         """Equinox keeps (outputs, inputs)."""
         kernel, bias = START[name]["kernel"], START[name]["bias"]
@@ -140,7 +144,7 @@ def equinox() -> Run:
         return eqx.tree_at(lambda layer: (layer.weight, layer.bias), empty, (kernel.T, bias))
 
     model: Any = EquinoxNetwork(layer("body"), layer("head"))
-    optimizer = make_optimizer(quantizer=Binary(axis=0))
+    optimizer = make(quantizer=Binary(axis=0))
     state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
     loss = lambda model: mean_square(jax.vmap(model)(INPUTS))
 
@@ -151,7 +155,7 @@ def equinox() -> Run:
         return value, eqx.apply_updates(model, updates), state
 
     losses = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         value, model, state = step(model, state)
         losses.append(value)
     params, static = eqx.partition(model, eqx.is_inexact_array)
@@ -163,12 +167,19 @@ def equinox() -> Run:
     return Run(np.array(losses), hard, float(loss(model)))
 
 
-RUNS: dict[str, Callable[[], Run]] = {"linen": linen, "nnx": nnx_run, "equinox": equinox}
+RUNS: dict[str, Callable[[Make, int], Run]] = {"linen": linen, "nnx": nnx_run, "equinox": equinox}
+every_framework = pytest.mark.parametrize("framework", RUNS)
 
 
 @pytest.fixture(scope="module")
 def plain_run() -> Run:
-    return plain()
+    return plain(make_optimizer, STEPS)
+
+
+def assert_same_run(run: Run, expected: Run) -> None:
+    np.testing.assert_allclose(run.losses, expected.losses, rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), run.hard, expected.hard)
+    np.testing.assert_allclose(run.hard_loss, expected.hard_loss, rtol=1e-4)
 
 
 def test_a_regression_is_learnt_by_binary_weights(plain_run):
@@ -178,14 +189,18 @@ def test_a_regression_is_learnt_by_binary_weights(plain_run):
         assert Binary().contains(layer["kernel"])
 
 
-@pytest.mark.parametrize("framework", RUNS)
+@every_framework
 def test_every_framework_makes_the_run_of_plain_trees(framework, plain_run):
-    run = RUNS[framework]()
-    np.testing.assert_allclose(run.losses, plain_run.losses, rtol=1e-4)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), run.hard, plain_run.hard
-    )
-    np.testing.assert_allclose(run.hard_loss, plain_run.hard_loss, rtol=1e-4)
+    assert_same_run(RUNS[framework](make_optimizer, STEPS), plain_run)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_every_method_makes_the_same_run_in_every_framework(method):
+    make = lambda **settings: optax.chain(optax.trace(0.9), method(0.05, **settings))
+    expected = plain(make, FEW)
+    assert expected.losses[-1] != expected.losses[0]
+    for run in RUNS.values():
+        assert_same_run(run(make, FEW), expected)
 
 
 # The state goes where Optax's states go.
@@ -234,6 +249,24 @@ def through_orbax(state: Any, folder: Path) -> Any:
         checkpointer.save(folder / "state", state)
         checkpointer.wait_until_finished()
         return checkpointer.restore(folder / "state", jax.eval_shape(make_optimizer().init, START))
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_the_state_of_every_method_goes_through_orbax(method, tmp_path):
+    optimizer = method(0.05)
+    params, state = START, optimizer.init(START)
+    for _ in range(2):
+        params, state = helpers.take_step(optimizer, jax.tree.map(jnp.cos, params), state, params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", {"params": params, "opt_state": state})
+        checkpointer.wait_until_finished()
+        target = {"params": params, "opt_state": jax.eval_shape(optimizer.init, params)}
+        restored = checkpointer.restore(tmp_path / "state", target)
+    jax.tree.map(np.testing.assert_array_equal, restored, {"params": params, "opt_state": state})
+    expected = hard_params(state, params)
+    jax.tree.map(
+        np.testing.assert_array_equal, hard_params(restored["opt_state"], restored["params"]), expected
+    )
 
 
 @pytest.mark.parametrize("saved", [pickled, as_arrays_alone, through_orbax])

@@ -63,6 +63,14 @@ def methods() -> dict[str, optax.GradientTransformation]:
         "trace, binary_relax": optax.chain(
             trace, stam_jax.binary_relax(0.1, growth_every=400, hard_from=60000)
         ),
+        "trace, prox_quant": optax.chain(trace, stam_jax.prox_quant(0.1, growth=1e-6, hard_from=60000)),
+        "trace, parq": optax.chain(trace, stam_jax.parq(0.1, hard_from=60000)),
+        "trace, md_tanh": optax.chain(trace, stam_jax.md_tanh(0.1, hard_from=60000)),
+        "straight_through(trace)": stam_jax.straight_through(0.1, inner=trace),
+        "trace, admm_quant": optax.chain(
+            trace, stam_jax.admm_quant(0.1, penalty=1.0, dual_every=400, hard_from=60000)
+        ),
+        "bop": stam_jax.bop(0.1),
     }
 
 

@@ -407,12 +407,12 @@ class LeastSquares(_Coded):
     weights are. There is a scale per bit and group.
 
     Args:
-        bits: the number of summands, from 2 to 4. rule: `"best"`: with 2 bits the exact least-squares
-        optimum, the best two magnitudes for |v|, by sorting
-            and prefix sums; with 3 and 4, whose exact optimum takes a search over all pairs and triples of
-            weights, a start from there that codes and scales improve in turn, 20 times, each exactly given
-            the other. Or `"greedy"`: each summand alone fits what the ones before it left. Only the exact
-            optimum is a projection.
+        bits: the number of summands, from 2 to 4.
+        rule: `"best"`: with 2 bits the exact least-squares optimum, the best two magnitudes for |v|, by
+            sorting and prefix sums; with 3 and 4, whose exact optimum takes a search over all pairs and
+            triples of weights, a start from there that codes and scales improve in turn, 20 times. Or
+            `"greedy"`: each summand alone fits what the ones before it left, and weights go to the nearest
+            of all sums. Only the exact optimum is a projection.
         scale: which weights share scales, as in `Binary`, but for `None`: they are fitted here.
         axis: the output-channel axis, as in `Binary`.
         group: how many neighbours for `scale="group"`, as in `Binary`.

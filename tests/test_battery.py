@@ -14,7 +14,16 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from stam_jax import StamState, hard_params, quantized_leaves
+from stam_jax import (
+    Binary,
+    LeastSquares,
+    PowerOfTwo,
+    StamState,
+    Ternary,
+    Uniform,
+    hard_params,
+    quantized_leaves,
+)
 from tests import helpers, home_made
 from tests.methods import METHODS, STEPS
 
@@ -321,8 +330,19 @@ def test_a_method_of_ones_own_takes_twenty_lines_at_most():
     assert sum(len(inspect.getsource(piece).splitlines()) for piece in pieces) <= 20
 
 
+QUANTIZERS = (
+    Binary(scale="tensor"),
+    Binary(scale="group", group=4),
+    Ternary(),
+    Uniform(bits=3, scale="tensor"),
+    PowerOfTwo(bits=3),
+    LeastSquares(bits=2, scale="tensor"),
+    LeastSquares(bits=3),
+)
+
+
 def check_sharding() -> None:
-    """Every method, with rows of weights and of data spread over eight devices, against one device."""
+    """Methods and quantisers, with rows of weights and data spread over eight devices, against one device."""
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
     rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("rows",), ()))
     inputs, targets = (jax.device_put(array, rows) for array in (INPUTS, TARGETS))
@@ -348,6 +368,11 @@ def check_sharding() -> None:
         compare = lambda a, b, name=name: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=name)
         jax.tree.map(compare, params, expected)
         jax.tree.map(compare, hard_params(state, params), hard_params(expected_state, expected))
+    v = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), jnp.float32)
+    for quantizer in QUANTIZERS:
+        spread = jax.jit(quantizer.project)(jax.device_put(v, rows))
+        alone = jax.jit(quantizer.project)(v)
+        np.testing.assert_allclose(spread, alone, rtol=1e-5, atol=1e-6, err_msg=str(quantizer))
 
 
 def test_weights_spread_over_eight_devices_train_as_on_one():

@@ -1,4 +1,4 @@
-"""What the default comparison promises, trained in full."""
+"""What comparisons promise, trained in full."""
 
 import json
 import statistics
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from experiments.config import METHODS
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,3 +29,24 @@ def test_binary_networks_read_digits_almost_as_well_as_float_ones(tmp_path):
     for row in rows:
         if row["method"] != "float":
             assert row["hard_accuracy"] >= 0.965, row
+
+
+@pytest.mark.slow
+def test_a_comparison_of_all_methods_ends_with_one_table_of_them(tmp_path):
+    done = subprocess.run(
+        f"{sys.executable} -m experiments compare --methods all --epochs 8 --width 8 "
+        f"--output {tmp_path / 'run'}".split(),
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    (table,) = done.stdout.split("Accuracy in % on the test images")[1:]
+    lines = [line.split() for line in table.splitlines()]
+    named = [words[0] for words in lines if words and words[0] in METHODS]
+    assert named == list(METHODS)
+    rows = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert [row["method"] for row in rows] == list(METHODS)
+    for row in rows[1:]:
+        # Far from chance, after a fifth of the default run at half its width.
+        assert row["hard_accuracy"] > 0.6, row

@@ -101,6 +101,12 @@ def begin(
     return StamState(jnp.zeros([], jnp.int32), memories, quantizers)
 
 
+def check_has(where: str, name: str, value: Any, *members: str) -> None:
+    """Raise unless the value is an object (not a class) with the members."""
+    if isinstance(value, type) or not all(hasattr(value, member) for member in members):
+        raise TypeError(f"{where}: {name} must be an object with {', '.join(members)}; got {value!r}.")
+
+
 def check_own(where: str, state: Any, kind: type) -> None:
     """Raise unless the state is of the kind that the transform's `init` makes."""
     if not isinstance(state, kind):

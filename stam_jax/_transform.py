@@ -136,11 +136,11 @@ def stam(
     is_known = callable(regularizer_penalty) or isinstance(regularizer_penalty, (int, float))
     if regularizer is None and is_known and regularizer_penalty != math.inf:
         raise ValueError("stam: regularizer_penalty needs a regularizer; got none.")
-    _check_has("quantizer", quantizer, "bits", "project", "contains")
+    _state.check_has("stam", "quantizer", quantizer, "bits", "project", "contains")
     if relaxation is not None:
-        _check_has("relaxation", relaxation, "at")
+        _state.check_has("stam", "relaxation", relaxation, "at")
     if regularizer is not None:
-        _check_has("regularizer", regularizer, "prox")
+        _state.check_has("stam", "regularizer", regularizer, "prox")
 
     def probe(leaf_quantizer: Quantizer, v: jax.Array) -> jax.Array:
         y = leaf_quantizer.project(v)
@@ -190,12 +190,6 @@ def _levels(quantizer: Quantizer, v: jax.Array) -> Callable[[], jax.Array]:
         return quantizer.levels(v)
 
     return levels
-
-
-def _check_has(name: str, value: Any, *members: str) -> None:
-    """Raise unless the value is an object (not a class) with the members."""
-    if isinstance(value, type) or not all(hasattr(value, member) for member in members):
-        raise TypeError(f"stam: {name} must be an object with {', '.join(members)}; got {value!r}.")
 
 
 class _Step(NamedTuple):

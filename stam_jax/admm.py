@@ -72,6 +72,8 @@ def admm_quant(
     ):
         _numbers.check("admm_quant", name, value, low=low, finite=True, schedule=False)
 
+    _state.check_has("admm_quant", "quantizer", quantizer, "bits", "project", "contains")
+
     def init(params: Any) -> StamState:
         return _state.begin("admm_quant", params, mask=mask, quantizer=quantizer, memory=_state.float_copy)
 

@@ -73,7 +73,8 @@ def bop(
     _numbers.check("bop", "learning_rate", learning_rate, finite=True)
     _numbers.check("bop", "adaptivity", adaptivity, high=1.0)
     _numbers.check("bop", "threshold", threshold)
-    if getattr(quantizer, "bits", None) != 1:
+    _state.check_has("bop", "quantizer", quantizer, "bits", "project", "contains")
+    if quantizer.bits != 1:
         raise ValueError(f"bop: quantizer must be one of binary weights; got {quantizer!r}.")
 
     def init(params: Any) -> BopState:

@@ -73,8 +73,7 @@ def straight_through(
     """
     if inner is None:
         inner = optax.identity()
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(f"straight_through: inner must be an optax.GradientTransformation; got {inner!r}.")
+    _state.check_has("straight_through", "inner", inner, "init", "update")
     if clip is not None:
         _numbers.check("straight_through", "clip", clip, schedule=False)
     weights = stam(

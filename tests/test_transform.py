@@ -652,8 +652,16 @@ def test_wrong_arguments_of_the_methods_are_named_at_once(method, settings, mess
         method(ETA, **settings)
 
 
+@pytest.mark.parametrize("method", [partial(admm_quant, penalty=1.0, dual_every=1, hard_from=1), bop])
+def test_the_quantizer_is_an_object_and_not_its_class(method):
+    with pytest.raises(TypeError, match=r"quantizer must be an object with bits, project, contains"):
+        method(ETA, quantizer=Binary)
+
+
 def test_what_makes_the_direction_of_a_straight_through_gradient_is_a_transform():
-    with pytest.raises(TypeError, match=r"inner must be an optax.GradientTransformation; got 0\.9"):
+    with pytest.raises(
+        TypeError, match=r"straight_through: inner must be an object with init, update; got 0\.9"
+    ):
         straight_through(ETA, inner=0.9)  # pyright: ignore[reportArgumentType]
 
 

@@ -410,9 +410,9 @@ class LeastSquares(_Coded):
         bits: the number of summands, from 2 to 4.
         rule: `"best"`: with 2 bits the exact least-squares optimum, the best two magnitudes for |v|, by
             sorting and prefix sums; with 3 and 4, whose exact optimum takes a search over all pairs and
-            triples of weights, a start from there that codes and scales improve in turn, 20 times. Or
-            `"greedy"`: each summand alone fits what the ones before it left, and weights go to the nearest
-            of all sums. Only the exact optimum is a projection.
+            triples of weights, codes and scales that improve each other in turn, 20 times, from two starts.
+            Or `"greedy"`: each summand alone fits what the ones before it left, and weights go to the
+            nearest of all sums. Only the exact optimum is a projection.
         scale: which weights share scales, as in `Binary`, but for `None`: they are fitted here.
         axis: the output-channel axis, as in `Binary`.
         group: how many neighbours for `scale="group"`, as in `Binary`.
@@ -479,15 +479,20 @@ class LeastSquares(_Coded):
         high = self._mean(jnp.where(is_low, 0, rows), (1,)) / jnp.where(share > 0, share, 1)
         return low, jnp.where(share > 0, high, low)
 
-    def _improved(self, rows: jax.Array, alphas: jax.Array) -> jax.Array:
-        """Scales that fit the rows better: those of the nearest codes, by their normal equations."""
-        sums = jnp.stack(self._sums(alphas))
+    def _nearest(self, rows: jax.Array, sums: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Which of the sums each weight lies next to, signs aside, and how far from it."""
         nearest = jnp.zeros(rows.shape, jnp.uint8)
         closest = jnp.abs(rows - jnp.abs(sums[0]))
         for j, total in enumerate(sums[1:], start=1):
             distance = jnp.abs(rows - jnp.abs(total))
             nearest = jnp.where(distance < closest, j, nearest).astype(jnp.uint8)
             closest = jnp.minimum(closest, distance)
+        return nearest, closest
+
+    def _improved(self, rows: jax.Array, alphas: jax.Array) -> jax.Array:
+        """Scales that fit the rows better: those of the nearest codes, by their normal equations."""
+        sums = jnp.stack(self._sums(alphas))
+        nearest, _ = self._nearest(rows, sums)
         chosen = [(nearest == j).astype(rows.dtype) for j in range(len(sums))]
         share = jnp.stack([self._mean(c, (1,)) for c in chosen])[:, None]
         mean = jnp.stack([self._mean(c * rows, (1,)) for c in chosen])[:, None]
@@ -514,7 +519,13 @@ class LeastSquares(_Coded):
         fitted = jnp.stack(alphas)
         if self.rule == "greedy" or self.bits == 2:
             return fitted
-        return jax.lax.fori_loop(0, 20, lambda _, fitted: self._improved(rows, fitted), fitted)
+        # Codes and scales come to rest near where they start: the better of two starts, row by row.
+        size = jnp.sqrt(self._mean(rows * rows, (1,)))
+        spread = jnp.stack([0.7**i * size for i in range(self.bits)])
+        improve = lambda _, start: self._improved(rows, start)
+        first, second = (jax.lax.fori_loop(0, 20, improve, start) for start in (fitted, spread))
+        error = lambda alphas: self._mean(self._nearest(rows, jnp.stack(self._sums(alphas)))[1] ** 2, (1,))
+        return jnp.where(error(first) <= error(second), first, second)
 
     def _encode(self, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         u, axes = self._split(v)

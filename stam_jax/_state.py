@@ -147,12 +147,9 @@ def advance(
     Raises:
         ValueError: without parameters, or with trees that do not match the one given to `begin`.
     """
-    if params is None:
-        raise ValueError(f"{where}: update needs the parameters: update(updates, state, params).")
+    assigned = check_trees(where, state, updates, params)
     directions, structure = jax.tree.flatten(updates)
     weights = jax.tree.leaves(params)
-    assigned = assigned_quantizers(state)
-    _check_matching(where, updates, params, assigned)
     memories, memory_structure = jax.tree.flatten(state.latent)
     remembers = state.latent is not None
     new_updates, new_memories = [], []
@@ -247,8 +244,11 @@ def assigned_quantizers(state: StamState) -> dict[str, Quantizer | None]:
     return {name: node.quantizer for name, node in nodes.items() if is_assigned(node)}
 
 
-def _check_matching(where: str, updates: Any, params: Any, assigned: dict[str, Any]) -> None:
-    """Raise unless the three trees have leaves of the same names in the same order, and the same shapes."""
+def check_trees(where: str, state: StamState, updates: Any, params: Any) -> dict[str, Quantizer | None]:
+    """The quantiser of each leaf, once the trees are seen to have the same leaves, in order and shape."""
+    if params is None:
+        raise ValueError(f"{where}: update needs the parameters: update(updates, state, params).")
+    assigned = assigned_quantizers(state)
     named_updates, named_params = _trees.named_leaves(updates), _trees.named_leaves(params)
     for what, names in (("updates", named_updates), ("params", named_params)):
         if list(names) != list(assigned):
@@ -264,3 +264,4 @@ def _check_matching(where: str, updates: Any, params: Any, assigned: dict[str, A
                 f"{where}: the update of {name!r} has shape {jnp.shape(d)}, "
                 f"the parameter {jnp.shape(named_params[name])}."
             )
+    return assigned

@@ -30,7 +30,8 @@ def admm_quant(
 
     at every step, and every so many steps $y^+ = P_Q(x^+ + u)$ and $u^+ = u + x^+ - y^+$. Both follow from
     one array, $v = x^+ + u$ as it was then: $y = P_Q(v)$, $u = v - y$, and the next is $x^+ + v - P_Q(v)$. So
-    the state is a single copy, and `hard_params` gives y.
+    the state is a single copy, and `hard_params` gives y. It starts at $v = x$, as after a dual step. x lives
+    in the parameters alone: in dtypes narrower than float32 small steps are lost to rounding.
 
     From step `hard_from` on x = y is fixed, and only the leaves that are not quantised go on learning. Where
     the paper takes an extragradient step, this takes one step along the direction that comes in.

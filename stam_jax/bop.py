@@ -18,7 +18,7 @@ class BopState(NamedTuple):
     Args:
         momentum: the moving average m of the gradients, in float32 at least, in a tree like the parameters
             with an `optax.MaskedNode` at each leaf that is not quantised.
-        weights: the binary weights are the parameters themselves.
+        weights: the steps so far and the quantisers; it holds no float block.
     """
 
     momentum: Any
@@ -38,10 +38,11 @@ def bop(
     $$m^+ = (1 - \gamma) m + \gamma d, \qquad
       x^+ = -x \text{ where } |m^+| > \tau \text{ and } \mathrm{sign}(m^+) = \mathrm{sign}(x).$$
 
-    There are no float weights: parameters that are not binary, as at the start, are set to $P_Q(x)$, and from
-    then on they change by flips alone; scales stay what they were at the start. It is not a configuration of
-    `stam`, which has a float block. The direction should be the plain gradient, with no momentum or Adam
-    before it (the paper trains the other leaves with Adam: see the example).
+    There are no float weights: parameters that are not binary, as at the start, are set to $P_Q(x)$ (in
+    dtypes narrower than float32 within two steps, by rounding), and from then on they change by flips alone;
+    scales stay what they were. It is not a configuration of `stam`, which has a float block. The direction
+    should be the plain gradient, with no momentum or Adam before it (the paper trains the other leaves with
+    Adam: see the example).
 
     Args:
         learning_rate: the step size of the leaves that are not quantised, a number or a schedule.

@@ -228,6 +228,9 @@ def parq(
     References:
         Jin et al., PARQ: piecewise-affine regularized quantization, arXiv:2503.15748.
     """
+    _check_numbers(
+        "parq", ("hard_from", hard_from, 1), ("anneal_from", anneal_from, 0), ("steepness", steepness, 1e-3)
+    )
     inverse_slope = schedules.sigmoid_inverse_slope(hard_from, start=anneal_from, steepness=steepness)
     return stam(
         learning_rate,
@@ -280,7 +283,9 @@ def md_tanh(
     References:
         Ajanthan et al., Mirror descent view for neural network quantization, arXiv:1910.08237.
     """
-    _check_numbers("md_tanh", ("growth", growth, 1), ("growth_every", growth_every, 1))
+    _check_numbers(
+        "md_tanh", ("hard_from", hard_from, 0), ("growth", growth, 1), ("growth_every", growth_every, 1)
+    )
     beta = schedules.geometric(1.0, growth=growth, every=growth_every)
     return stam(
         learning_rate,

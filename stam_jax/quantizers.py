@@ -69,7 +69,7 @@ class _Coded(Groups, abc.ABC):
         if self.scale != "group":
             return levels
         u, _ = self._split(v)
-        return jnp.broadcast_to(levels, (levels.shape[0], *u.shape)).reshape(-1, *v.shape)
+        return jnp.broadcast_to(levels, (levels.shape[0], *u.shape)).reshape(levels.shape[0], *v.shape)
 
     @abc.abstractmethod
     def _encode(self, v: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -79,7 +79,7 @@ class _Coded(Groups, abc.ABC):
         """The scale of each group, in float32 at least.
 
         Its shape is that of v with 1 for the axes that share a scale; for `scale="group"` the input axis
-        stands as two, groups and 1.
+        stands as two, groups and 1. `LeastSquares` has one per bit, along another axis before these.
         """
         return self._encode(jnp.asarray(v))[1]
 
@@ -410,9 +410,9 @@ class LeastSquares(_Coded):
         bits: the number of summands, from 2 to 4.
         rule: `"best"`: with 2 bits the exact least-squares optimum, the best two magnitudes for |v|, by
             sorting and prefix sums; with 3 and 4, whose exact optimum takes a search over all pairs and
-            triples of weights, codes and scales that improve each other in turn, 20 times, from two starts.
-            Or `"greedy"`: each summand alone fits what the ones before it left, and weights go to the
-            nearest of all sums. Only the exact optimum is a projection.
+            triples of weights, codes and scales that improve each other in turn, 20 times, from two starts,
+            greedy's the one. Or `"greedy"`: each summand alone fits what the ones before it left, and weights
+            go to the nearest of all sums. Only the exact optimum is a projection.
         scale: which weights share scales, as in `Binary`, but for `None`: they are fitted here.
         axis: the output-channel axis, as in `Binary`.
         group: how many neighbours for `scale="group"`, as in `Binary`.
@@ -508,24 +508,31 @@ class LeastSquares(_Coded):
 
     def _fit(self, rows: jax.Array) -> jax.Array:
         """The scales of each row of weights without signs: [bits, rows, 1]."""
-        alphas, left = [], rows
-        if self.rule == "best":
+        if self.rule == "best" and self.bits == 2:
             low, high = self._two_magnitudes(rows)
-            alphas = [(high + low) / 2, (high - low) / 2]
-            left = jnp.abs(jnp.abs(rows - alphas[0]) - alphas[1])
-        while len(alphas) < self.bits:
+            return jnp.stack([(high + low) / 2, (high - low) / 2])
+        alphas, left = [], rows
+        for _ in range(self.bits):
             alphas.append(self._mean(left, (1,)))
             left = jnp.abs(left - alphas[-1])
-        fitted = jnp.stack(alphas)
-        if self.rule == "greedy" or self.bits == 2:
-            return fitted
-        # Codes and scales come to rest near where they start: the better of two starts, row by row.
+        greedy = jnp.stack(alphas)
+        return greedy if self.rule == "greedy" else self._refined(rows, greedy)
+
+    def _refined(self, rows: jax.Array, greedy: jax.Array) -> jax.Array:
+        """The better of two sets of scales that improve no more, or little; never worse than greedy."""
+        top = jnp.max(rows, axis=1, keepdims=True)
+        top = jnp.where(top == 0, 1, top)
+        rows = rows / top  # So that squares stay in range.
         size = jnp.sqrt(self._mean(rows * rows, (1,)))
         spread = jnp.stack([0.7**i * size for i in range(self.bits)])
         improve = lambda _, start: self._improved(rows, start)
-        first, second = (jax.lax.fori_loop(0, 20, improve, start) for start in (fitted, spread))
-        error = lambda alphas: self._mean(self._nearest(rows, jnp.stack(self._sums(alphas)))[1] ** 2, (1,))
-        return jnp.where(error(first) <= error(second), first, second)
+        first, second = (jax.lax.fori_loop(0, 20, improve, start) for start in (greedy / top, spread))
+
+        def error(alphas: jax.Array) -> jax.Array:
+            _, distance = self._nearest(rows, jnp.stack(self._sums(alphas)))
+            return self._mean(distance**2, (1,))
+
+        return top * jnp.where(error(second) < error(first), second, first)
 
     def _encode(self, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         u, axes = self._split(v)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stam_jax import _numbers, _state
+from stam_jax import _numbers, _state, _trees
 from stam_jax._numbers import ScalarOrSchedule
 from stam_jax._state import Mask, StamState
 from stam_jax._transform import stam
@@ -48,8 +48,7 @@ def straight_through(
         learning_rate: the step size, a number or a schedule.
         inner: what makes a direction of the gradient, such as `optax.trace(0.9)` or `optax.scale_by_adam()`;
             it sees the quantised weights as parameters. By default the gradient is the direction.
-        clip: the size c from which a float weight no longer moves outwards or inwards; None for the plain
-            estimator.
+        clip: the size c beyond which the gradient of a float weight is 0; None for the plain estimator.
         quantizer: the set Q; the papers' is {-1, +1}. With scales, choose c to go with them.
         mask: which leaves are quantised, as in `stam`.
 
@@ -97,10 +96,10 @@ def straight_through(
 
 def _gated(updates: Any, state: StamState, params: Any, clip: float) -> Any:
     """The gradients, 0 where the float weight is larger than the clip."""
+    _state.check_trees("straight_through", state, updates, params)
+    latents = _trees.named_leaves(state.latent)
 
-    def gate(quantizer: Quantizer, x: jax.Array, latent: Any, d: jax.Array) -> tuple[jax.Array, Any]:
-        size = jnp.abs(_state.float_block(x, latent))
-        return jnp.where(size > clip, 0, d).astype(d.dtype), latent
+    def gate(name: str, d: jax.Array) -> jax.Array:
+        return jnp.where(jnp.abs(latents[name]) > clip, 0, d).astype(d.dtype) if name in latents else d
 
-    # A learning rate of -1 leaves the gradients of the other leaves as they are.
-    return _state.advance("straight_through", state, updates, params, learning_rate=-1, move=gate)[0]
+    return _trees.map_named(gate, updates)

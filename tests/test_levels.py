@@ -356,7 +356,7 @@ def test_codes_and_scales_in_turn_come_closer_and_to_rest(bits):
     assert np.mean(to_best_known) < {3: 1.05, 4: 1.15}[bits]
     assert np.median(to_uniform) < 0.8
     assert np.median(to_refitted) < 1.0001
-    assert np.mean(to_refitted) < 1.02
+    assert np.mean(to_refitted) < 1.05
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -402,6 +402,20 @@ def test_least_squares_of_weights_of_one_size_are_those(bits, array):
     assert y.dtype == array.dtype
     np.testing.assert_allclose(np.float32(y), np.float32(array), rtol=1e-6)
     assert contains(quantizer, y)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_least_squares_are_never_worse_than_greedy_whatever_the_size_of_the_weights(bits):
+    best, greedy = LeastSquares(bits=bits), LeastSquares(bits=bits, rule="greedy")
+    v = jnp.asarray(np.random.default_rng(0).normal(size=(16, 400)), jnp.float32)
+    error = lambda quantizer, v: np.sum((np.float64(v) - np.float64(project(quantizer, v))) ** 2, axis=0)
+    assert np.all(error(best, v) <= error(greedy, v) * (1 + 1e-5))
+    np.testing.assert_allclose(project(best, 2.0**70 * v), 2.0**70 * project(best, v), rtol=1e-5)
+
+
+def test_empty_arrays_have_levels():
+    for shape in ((0, 3), (4, 0)):
+        assert Binary(scale="group", group=2).levels(jnp.zeros(shape)).shape == (2, *shape)
 
 
 def test_least_squares_show_a_nan():

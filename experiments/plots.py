@@ -21,7 +21,9 @@ def curves(path: Path, runs: Mapping[str, Sequence[Metrics]]) -> None:
         runs: by method, the metrics of each seed, a mapping per epoch.
     """
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(13, 4), layout="constrained")
+        # The legend stands below the panels, in rows of six.
+        rows = -(-(len(runs) + 1) // 6)
+        figure = Figure(figsize=(13, 4 + 0.25 * rows), layout="constrained")
         accuracy, gap, flips = figure.subplots(1, 3)
         for index, (method, seeds) in enumerate(runs.items()):
             colour = _COLOURS[index % len(_COLOURS)]
@@ -45,7 +47,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Metrics]]) -> None:
         axes.grid(alpha=0.25)
     gap.set_ylim(bottom=0)
     flips.set_ylim(bottom=0)
-    accuracy.legend(frameon=False, loc="lower right")
+    figure.legend(*accuracy.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=150)
 
 

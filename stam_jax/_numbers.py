@@ -42,6 +42,12 @@ def check(
         raise ValueError(f"{where}: {name} must be {expected}; got {number!r}.")
 
 
+def check_each(where: str, *options: tuple[str, Any, float]) -> None:
+    """Raise unless each option, (name, value, least), is a finite number of at least that."""
+    for name, value, low in options:
+        check(where, name, value, low=low, finite=True, schedule=False)
+
+
 def is_fixed_at(value: Any, number: float) -> bool:
     """Whether a value is known to be that number before anything is traced."""
     return isinstance(value, numbers.Real) and float(value) == number

@@ -66,13 +66,9 @@ def admm_quant(
         Leng et al., Extremely low bit neural network: squeeze the last bit out with ADMM, arXiv:1707.09870.
     """
     _numbers.check("admm_quant", "learning_rate", learning_rate, finite=True)
-    for name, value, low in (
-        ("penalty", penalty, 0),
-        ("dual_every", dual_every, 1),
-        ("hard_from", hard_from, 0),
-    ):
-        _numbers.check("admm_quant", name, value, low=low, finite=True, schedule=False)
-
+    _numbers.check_each(
+        "admm_quant", ("penalty", penalty, 0), ("dual_every", dual_every, 1), ("hard_from", hard_from, 0)
+    )
     _state.check_has("admm_quant", "quantizer", quantizer, "bits", "project", "contains")
 
     def init(params: Any) -> StamState:

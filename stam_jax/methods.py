@@ -114,7 +114,7 @@ def binary_relax(
     References:
         Yin et al., BinaryRelax, arXiv:1801.06313.
     """
-    _check_numbers(
+    _numbers.check_each(
         "binary_relax",
         ("growth_every", growth_every, 1),
         ("hard_from", hard_from, 0),
@@ -172,7 +172,7 @@ def prox_quant(
     References:
         Bai, Wang and Liberty, ProxQuant, arXiv:1810.00861.
     """
-    _check_numbers("prox_quant", ("growth", growth, 0), ("hard_from", hard_from, 0))
+    _numbers.check_each("prox_quant", ("growth", growth, 0), ("hard_from", hard_from, 0))
 
     def threshold(count: jax.typing.ArrayLike) -> jax.Array:
         return _numbers.at(learning_rate, count) * growth * jnp.asarray(count)
@@ -228,7 +228,7 @@ def parq(
     References:
         Jin et al., PARQ: piecewise-affine regularized quantization, arXiv:2503.15748.
     """
-    _check_numbers(
+    _numbers.check_each(
         "parq", ("hard_from", hard_from, 1), ("anneal_from", anneal_from, 0), ("steepness", steepness, 1e-3)
     )
     inverse_slope = schedules.sigmoid_inverse_slope(hard_from, start=anneal_from, steepness=steepness)
@@ -283,7 +283,7 @@ def md_tanh(
     References:
         Ajanthan et al., Mirror descent view for neural network quantization, arXiv:1910.08237.
     """
-    _check_numbers(
+    _numbers.check_each(
         "md_tanh", ("hard_from", hard_from, 0), ("growth", growth, 1), ("growth_every", growth_every, 1)
     )
     beta = schedules.geometric(1.0, growth=growth, every=growth_every)
@@ -295,9 +295,3 @@ def md_tanh(
         project="last",
         mask=mask,
     )
-
-
-def _check_numbers(where: str, *options: tuple[str, float, float]) -> None:
-    """Raise unless each option, (name, value, least), is a finite number of at least that."""
-    for name, value, low in options:
-        _numbers.check(where, name, value, low=low, finite=True, schedule=False)

@@ -467,12 +467,13 @@ class LeastSquares(_Coded):
         count = rows.shape[1]
         below = jnp.arange(1, count + 1, dtype=rows.dtype)
         mean = self._mean(rows, (1,))
+        ordered = jnp.sort(rows, axis=1)
         # What a cut explains, from how far the sum below it is from its share of the whole.
-        lack = jnp.cumsum(jnp.sort(rows, axis=1) - mean, axis=1)
+        lack = jnp.cumsum(ordered - mean, axis=1)
         scale = jnp.maximum(jnp.max(jnp.abs(lack), axis=1, keepdims=True), jnp.finfo(rows.dtype).tiny)
         explained = jnp.where(below < count, (lack / scale) ** 2 / (below * jnp.maximum(count - below, 1)), 0)
         cut = jnp.argmax(explained, axis=1, keepdims=True)
-        bound = jnp.take_along_axis(jnp.sort(rows, axis=1), cut, axis=1)
+        bound = jnp.take_along_axis(ordered, cut, axis=1)
         is_low = rows <= bound
         low = self._mean(jnp.where(is_low, rows, 0), (1,)) / self._mean(is_low.astype(rows.dtype), (1,))
         share = self._mean((~is_low).astype(rows.dtype), (1,))

@@ -33,8 +33,7 @@ def geometric(start: float, *, growth: float, every: int = 1) -> optax.Schedule:
         >>> print([float(strength(k)) for k in (0, 99, 100, 250)])
         [1.0, 1.0, 2.0, 4.0]
     """
-    for name, value, low in (("start", start, 0), ("growth", growth, 0), ("every", every, 1)):
-        _numbers.check("geometric", name, value, low=low, finite=True, schedule=False)
+    _numbers.check_each("geometric", ("start", start, 0), ("growth", growth, 0), ("every", every, 1))
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         # Whole-number division: a quotient in float32 would be late by a step now and then.
@@ -106,8 +105,7 @@ def sigmoid_inverse_slope(hard_from: int, *, start: int = 0, steepness: float = 
 
 
 def _check_span(where: str, start: int, hard_from: int) -> None:
-    for name, value in (("start", start), ("hard_from", hard_from)):
-        _numbers.check(where, name, value, finite=True, schedule=False)
+    _numbers.check_each(where, ("start", start, 0), ("hard_from", hard_from, 0))
     is_traced = isinstance(start, jax.Array) or isinstance(hard_from, jax.Array)
     if not is_traced and not start < hard_from:
         raise ValueError(f"{where}: start must be below hard_from; got {start!r} and {hard_from!r}.")

@@ -268,13 +268,19 @@ def test_the_engine_trains_to_levels(kind, options, levels):
 # Levels, which relaxations ask for.
 
 
-@pytest.mark.parametrize("sharing", SCALES, ids=lambda sharing: str(sharing["scale"]))
+def three_bits(**sharing: Any) -> Uniform:
+    return Uniform(bits=3, **sharing)
+
+
 @pytest.mark.parametrize(
-    "kind", [Binary, Ternary, lambda **sharing: Uniform(bits=3, **sharing), PowerOfTwo, LeastSquares]
+    ("kind", "sharing"),
+    [
+        *itertools.product([Binary, Ternary, three_bits, PowerOfTwo], SCALES),
+        *((LeastSquares, sharing) for sharing in SCALES if sharing["scale"]),  # It has no set without scales.
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or str(value["scale"]),
 )
 def test_the_levels_ascend_and_every_weight_lies_at_the_one_its_code_names(kind, sharing):
-    if kind is LeastSquares and sharing["scale"] is None:
-        pytest.skip("least squares without scales is refused")
     quantizer = kind(**sharing)
     v = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 3)), jnp.float32)
     levels = quantizer.levels(v)

@@ -1,4 +1,4 @@
-"""The command line: `train`, `compare`, `evaluate` and `report`."""
+"""The command line: `train`, `compare`, `table`, `evaluate`, `report` and `prepare`."""
 
 import json
 import sys
@@ -10,33 +10,83 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts import config as cyclopts_config
 from rich.console import Console
 
-from experiments.config import CompareSettings, DivergedError, Output, SettingsError, TrainSettings
+from experiments import config
+from experiments.config import (
+    CompareSettings,
+    DivergedError,
+    Execution,
+    Output,
+    Reading,
+    RecipeName,
+    Resume,
+    SettingsError,
+    StoppedError,
+    TableSettings,
+    TrainSettings,
+)
 
-_TRAIN, _COMPARE = TrainSettings(), CompareSettings()
+RECIPES = Path(__file__).parent / "recipes"
+_TRAIN, _COMPARE, _TABLE = TrainSettings(), CompareSettings(), TableSettings()
+_EXECUTION, _READING = Execution(), Reading()
 
 
-def _console() -> Console:
+def _console(*, quiet: bool = False) -> Console:
     # Where nobody looks at a screen, as in a log, a table is not to be folded to 80 columns.
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return Console(width=None if sys.stdout.isatty() else 140, quiet=quiet)
 
 
-def train(settings: Annotated[TrainSettings, Parameter(name="*")] = _TRAIN, *, output: Output = None) -> None:
+def _joined(execution: Execution) -> Console:
+    """The console of one of the processes that train together: only the first talks."""
+    from experiments import devices
+
+    devices.connect(execution)
+    return _console(quiet=not devices.is_first())
+
+
+def train(
+    settings: Annotated[TrainSettings, Parameter(name="*")] = _TRAIN,
+    execution: Annotated[Execution, Parameter(name="*")] = _EXECUTION,
+    *,
+    output: Output = None,
+    resume: Resume = False,
+) -> None:
     """Train one network with one method."""
     from experiments import compare as comparison
 
-    comparison.train(settings, output, _console())
+    comparison.train(settings, execution, output, _joined(execution), resume=resume)
 
 
 def compare(
-    settings: Annotated[CompareSettings, Parameter(name="*")] = _COMPARE, *, output: Output = None
-) -> None:
-    """Train a network once with each method, and compare them in a table and a picture."""
+    settings: Annotated[CompareSettings, Parameter(name="*")] = _COMPARE,
+    execution: Annotated[Execution, Parameter(name="*")] = _EXECUTION,
+    *,
+    output: Output = None,
+    resume: Resume = False,
+) -> int:
+    """Train a network with each method, and compare them in a table and a picture."""
+    settings.chosen()
     from experiments import compare as comparison
 
-    comparison.compare(settings, output, _console())
+    return 1 if comparison.compare(settings, execution, output, _joined(execution), resume=resume) else 0
 
 
-def evaluate(folder: Path) -> int:
+def table(
+    settings: Annotated[TableSettings, Parameter(name="*")] = _TABLE,
+    execution: Annotated[Execution, Parameter(name="*")] = _EXECUTION,
+    *,
+    output: Annotated[Path, Parameter(help="Folder of the table; what is finished in it stays.")] = Path(
+        "runs/table"
+    ),
+) -> int:
+    """Compare methods on several image sets and networks: train what is missing, and write one table."""
+    settings.comparisons()
+    settings.chosen()
+    from experiments import table as tables
+
+    return 1 if tables.table(settings, execution, output, _joined(execution)) else 0
+
+
+def evaluate(folder: Path, reading: Annotated[Reading, Parameter(name="*")] = _READING) -> int:
     """Measure the packed binary networks of a run anew, from their files alone.
 
     Parameters
@@ -46,8 +96,31 @@ def evaluate(folder: Path) -> int:
     """
     from experiments import compare as comparison
 
-    rows = comparison.evaluate(folder, _console())
+    rows = comparison.evaluate(folder, reading, _console())
     return 0 if all(row["same"] for row in rows) else 1
+
+
+def prepare(
+    dataset: config.DatasetName,
+    *,
+    from_: Annotated[Path | None, Parameter(name="--from")] = None,
+    reading: Annotated[Reading, Parameter(name="*")] = _READING,
+) -> None:
+    """Prepare an image set for reading: download it, or take the release's own files.
+
+    Parameters
+    ----------
+    dataset
+        Which one.
+    from_
+        The release's tarball, or the folder of its extracted files; downloaded by default.
+    """
+    if dataset == "digits":
+        raise SettingsError("--dataset digits needs no preparation: scikit-learn brings it.")
+    from experiments import prepared
+
+    folder = prepared.prepare(dataset, reading.data_dir, from_)
+    _console().print(f"Prepared: {folder}", soft_wrap=True, highlight=False)
 
 
 def report(page: Path = Path("README.md")) -> None:
@@ -74,7 +147,7 @@ def _application() -> App:
         suppress_keyboard_interrupt=False,
     )
     app.meta.suppress_keyboard_interrupt = False
-    for command in (train, compare, evaluate, report):
+    for command in (train, compare, table, evaluate, report, prepare):
         app.command(command)
 
     @app.meta.default
@@ -84,13 +157,22 @@ def _application() -> App:
             Path | None,
             Parameter(help="JSON file of settings, such as a run's config.json; options override it."),
         ] = None,
+        recipe: RecipeName = None,
     ) -> int:
+        sources = []
         if config is not None:
             try:
                 json.loads(config.read_text())
             except (OSError, ValueError) as error:
                 raise SettingsError(f"--config: cannot read {config}: {error}") from error
-            app.config = (cyclopts_config.Json(config, must_exist=True, use_commands_as_keys=False),)
+            sources.append(cyclopts_config.Json(config, must_exist=True, use_commands_as_keys=False))
+        if recipe is not None:
+            known = sorted(path.stem for path in RECIPES.glob("*.toml"))
+            if recipe not in known:
+                raise SettingsError(f"--recipe: there is no {recipe!r}; choose from {', '.join(known)}.")
+            path = RECIPES / f"{recipe}.toml"
+            sources.append(cyclopts_config.Toml(path, must_exist=True, use_commands_as_keys=False))
+        app.config = tuple(sources)
         return _call(app, tokens)
 
     return app.meta
@@ -106,7 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code.
 
     It is 2 for a wrong setting, told in one line; 1 where training diverged, or `evaluate` finds another
-    accuracy than was recorded; 130 for an interrupt.
+    accuracy than was recorded, or some runs of several failed; 130 for an interrupt; 143 where the process
+    was asked to stop and saved its state.
     """
     try:
         return _call(_application(), arguments)
@@ -116,6 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DivergedError as error:
         print(f"error: training diverged. {error}", file=sys.stderr)
         return 1
+    except StoppedError as error:
+        print(f"{error}; the state is saved: go on with --resume.", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
-        print("interrupted: what was finished is in the run's folder.", file=sys.stderr)
+        print("interrupted: what was finished is in the run's folder; go on with --resume.", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""Several runs side by side: their folders, the table, the picture."""
+"""The commands `train`, `compare` and `evaluate`: runs side by side, their table and their picture."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -7,97 +7,104 @@ from typing import Any
 
 import rich.box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from experiments import data, plots, runs
-from experiments.config import CompareSettings, SettingsError, TrainSettings
-from experiments.training import Trainer
+from experiments import devices, grid, plots, runs
+from experiments.config import (
+    METHODS,
+    CompareSettings,
+    Execution,
+    Reading,
+    SettingsError,
+    TrainSettings,
+)
+from experiments.grid import Job
 
 Row = Mapping[str, Any]
 
 
-def train(settings: TrainSettings, output: Path | None, console: Console) -> list[Row]:
+def train(
+    settings: TrainSettings, execution: Execution, output: Path | None, console: Console, *, resume: bool
+) -> list[Row]:
     """Train once; print the table; return the one row."""
-    trainer = Trainer(settings, data.load(settings.dataset))
-    folder = runs.create(output, "train", settings)
-    return _run_all([(trainer, settings, folder)], folder, console)
+    grid.trainer(settings, execution)  # Finds what is wrong with the settings.
+    folder = runs.begin(output, f"train-{settings.dataset}", settings, resume=resume)
+    jobs = grid.with_warm_start(Job(settings, folder), folder / "float")
+    for job in jobs[:-1]:
+        runs.begin(job.folder, "train", job.settings, resume=resume)
+    console.print(f"Folder:  {folder}", soft_wrap=True, highlight=False)
+    for failure in grid.run(jobs, execution, console, lambda job: None):
+        raise failure.error
+    rows = runs.read_json(folder / runs.RESULT)
+    if devices.is_first():
+        metrics = runs.read_metrics(folder / runs.METRICS)
+        plots.curves(folder / runs.CURVES, {settings.method: [metrics]})
+    _conclude(rows, folder, console)
+    return rows
 
 
-def compare(settings: CompareSettings, output: Path | None, console: Console) -> list[Row]:
-    """Train once per method and seed, print the table, and return its rows.
+def compare(
+    settings: CompareSettings, execution: Execution, output: Path | None, console: Console, *, resume: bool
+) -> list[grid.Failure]:
+    """Train once per method and seed, print the table, and return the runs that failed.
 
     Raises:
         SettingsError: if the settings do not go together.
     """
-    methods = settings.chosen()
-    if not settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
-        raise SettingsError("--seeds: give at least one, and none twice.")
-    dataset = data.load(settings.dataset)
-    jobs = []
-    for method in methods:
-        each = settings.runs_of(method)
-        trainer = Trainer(each[0], dataset)
-        jobs.extend((trainer, one) for one in each)
-    folder = runs.create(output, "compare", settings)
-    return _run_all(
-        [
-            (trainer, one, runs.create(folder / f"{one.method}-seed{one.seed}", "train", one))
-            for trainer, one in jobs
-        ],
-        folder,
-        console,
-    )
-
-
-def _run_all(
-    jobs: Sequence[tuple[Trainer, TrainSettings, Path]], folder: Path, console: Console
-) -> list[Row]:
-    """Train each; write the results, after every run, and the picture; print the table."""
+    grid.trainer(settings.run(settings.chosen()[0], 0), execution)
+    folder = runs.begin(output, f"compare-{settings.dataset}", settings, resume=resume)
     console.print(f"Folder:  {folder}", soft_wrap=True, highlight=False)
-    rows: list[Row] = []
-    metrics: dict[str, list[Any]] = {}
-    columns = (
-        TextColumn("{task.description:<22}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
+    failures = grid.run(
+        jobs_of(settings, folder, resume=resume), execution, console, lambda job: collect(folder)
     )
-    with Progress(*columns, console=console) as progress:
-        tasks = [
-            progress.add_task(
-                f"{settings.method} seed {settings.seed}",
-                total=settings.epochs,
-                start=False,
-                note="",
-            )
-            for _, settings, _ in jobs
-        ]
-        for task, (trainer, settings, place) in zip(tasks, jobs, strict=True):
-            progress.start_task(task)
-            progress.update(task, note="compiling")
+    rows = collect(folder)
+    for failure in failures:
+        console.print(f"failed: {failure}", style="bold red", highlight=False, soft_wrap=True)
+    if rows:
+        _conclude(rows, folder, console)
+    return failures
 
-            def show(row: Row, task: Any = task) -> None:
-                progress.update(task, advance=1, note=_note(row))
 
-            rows.append(trainer.run(settings.seed, place, show))
-            runs.write_json(place / runs.RESULT, rows[-1:])
-            runs.write_json(folder / runs.RESULT, rows)
-            metrics.setdefault(settings.method, []).append(runs.read_metrics(place / runs.METRICS))
-    plots.curves(folder / runs.CURVES, metrics)
-    print_results(rows, console)
-    console.print(f"Curves:  {folder / runs.CURVES}", soft_wrap=True, highlight=False)
-    console.print(f"Results: {folder / runs.RESULT}", soft_wrap=True, highlight=False)
+def jobs_of(settings: CompareSettings, folder: Path, *, resume: bool) -> list[Job]:
+    """The runs of a comparison, begun."""
+    jobs: dict[Path, Job] = {}
+    place = lambda run: folder / f"{run.method}-seed{run.seed}"
+    for method in settings.chosen():
+        for seed in range(settings.seeds):
+            run = settings.run(method, seed)
+            float_run = folder / f"float-seed{seed}"
+            for job in grid.with_warm_start(Job(run, place(run)), float_run):
+                jobs.setdefault(job.folder, job)
+    for job in jobs.values():
+        runs.begin(job.folder, "train", job.settings, resume=resume)
+    return list(jobs.values())
+
+
+def collect(folder: Path) -> list[Row]:
+    """Write the results and the picture of a comparison from the folders of its runs; return the rows."""
+    places = sorted(
+        (path.parent for path in folder.glob(f"*/{runs.RESULT}")),
+        key=lambda place: (METHODS.index(place.name.rpartition("-seed")[0]), _seed(place)),
+    )
+    rows = [row for place in places for row in runs.read_json(place / runs.RESULT)]
+    if rows and devices.is_first():
+        metrics: dict[str, list[Any]] = {}
+        for place, row in zip(places, rows, strict=True):
+            metrics.setdefault(row["method"], []).append(runs.read_metrics(place / runs.METRICS))
+        runs.write_json(folder / runs.RESULT, rows)
+        plots.curves(folder / runs.CURVES, metrics)
     return rows
 
 
-def _note(metrics: Row) -> str:
-    """What to say beside the bar of a run."""
-    hard = metrics["hard_accuracy"]
-    binary = "" if hard is None else f"  binary {hard:.1%}"
-    return f"loss {metrics['loss']:.3f}  validation {metrics['relaxed_accuracy']:.1%}{binary}"
+def _seed(place: Path) -> int:
+    return int(place.name.rpartition("-seed")[2])
+
+
+def _conclude(rows: Sequence[Row], folder: Path, console: Console) -> None:
+    """Print the table, and where the files are."""
+    print_results(rows, console)
+    console.print(f"Curves:  {folder / runs.CURVES}", soft_wrap=True, highlight=False)
+    console.print(f"Results: {folder / runs.RESULT}", soft_wrap=True, highlight=False)
 
 
 def print_results(rows: Sequence[Row], console: Console) -> None:
@@ -138,10 +145,10 @@ def cells(method: str, group: Sequence[Row]) -> list[str]:
     packed = group[0]["bytes_packed"]
     return [
         method,
-        _percent(group, "hard_accuracy"),
-        _percent(group, "relaxed_accuracy"),
-        _percent(group, "hard_accuracy_running_statistics"),
-        _percent(group, "relaxed_accuracy_running_statistics"),
+        percent(group, "hard_accuracy"),
+        percent(group, "relaxed_accuracy"),
+        percent(group, "hard_accuracy_running_statistics"),
+        percent(group, "relaxed_accuracy_running_statistics"),
         f"{group[0]['binary_share']:.1%}",
         f"{group[0]['bytes_float']:,}",
         "-" if packed is None else f"{packed:,}",
@@ -156,7 +163,7 @@ def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return groups
 
 
-def _percent(group: Sequence[Row], name: str) -> str:
+def percent(group: Sequence[Row], name: str) -> str:
     """A share in per cent, over the rows of one method: its mean, and its standard deviation."""
     values = [100 * row[name] for row in group if row[name] is not None]
     if not values:
@@ -165,7 +172,7 @@ def _percent(group: Sequence[Row], name: str) -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
-def evaluate(folder: Path, console: Console) -> list[Row]:
+def evaluate(folder: Path, reading: Reading, console: Console) -> list[Row]:
     """Measure the packed networks of a run's folder anew; say whether they do as they did.
 
     Raises:
@@ -176,7 +183,8 @@ def evaluate(folder: Path, console: Console) -> list[Row]:
         if not (place / runs.PACKED).is_file():
             continue
         settings = runs.read_settings(place / runs.CONFIG)
-        accuracy = Trainer(settings, data.load(settings.dataset)).judge_file(place / runs.PACKED)
+        trainer = grid.trainer(settings, Execution(data_dir=reading.data_dir))
+        accuracy = trainer.judge_file(place / runs.PACKED)
         recorded = runs.read_json(place / runs.RESULT)[0]["hard_accuracy"]
         rows.append(
             {"run": str(place), "accuracy": accuracy, "recorded": recorded, "same": accuracy == recorded}

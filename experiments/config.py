@@ -24,12 +24,14 @@ Method = Literal[
     "stam",
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
-DatasetName = Literal["digits"]
-ModelName = Literal["resnet8"]
+DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "svhn_cropped"]
+ModelName = Literal["resnet8", "resnet18", "resnet20", "resnet56", "vgg11", "vgg16"]
+MODELS: tuple[ModelName, ...] = get_args(ModelName)
+Precision = Literal["float32", "bfloat16"]
 
 
-def _whole(kind: Any, tokens: Sequence[Token]) -> int:
-    """An int from its digits; Cyclopts itself would round 1.5 to 2."""
+def _whole(kind: Any, tokens: Sequence[Token]) -> Any:
+    """Ints from their digits; Cyclopts itself would round 1.5 to 2."""
     del kind
     try:
         return int(tokens[0].value)
@@ -38,10 +40,12 @@ def _whole(kind: Any, tokens: Sequence[Token]) -> int:
 
 
 _COUNT = Parameter(converter=_whole, validator=Number(gte=1))
+_INDEX = Parameter(converter=_whole, validator=Number(gte=0))
 _SEED = Parameter(converter=_whole, validator=Number(gte=0, lt=2**32))
 _POSITIVE = Parameter(validator=Number(gt=0, lt=math.inf))
 _AT_LEAST_0 = Parameter(validator=Number(gte=0, lt=math.inf))
 _SHARE = Parameter(validator=Number(gte=0, lte=1))
+_SEVERAL = Parameter(consume_multiple=True, negative="")
 
 
 class SettingsError(ValueError):
@@ -52,26 +56,34 @@ class DivergedError(ArithmeticError):
     """A run whose loss is no longer a number."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a single run and a comparison have in common."""
+class StoppedError(RuntimeError):
+    """A run that was asked to stop, and has saved where it was."""
 
-    dataset: DatasetName = "digits"
-    """Images to learn from."""
-    model: ModelName = "resnet8"
-    """Network to train."""
-    width: Annotated[int, _COUNT] = 16
-    """Channels of the network's first stage."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a network is trained: what runs, comparisons and tables have in common."""
+
+    width: Annotated[float, _POSITIVE] = 1.0
+    """Channels of every layer, as a multiple of the published network's."""
+    precision: Precision = "float32"
+    """What the network computes in; its weights and statistics are float32 in any case."""
     epochs: Annotated[int, _COUNT] = 40
     """Passes over the training images."""
     batch_size: Annotated[int, _COUNT] = 64
-    """Images per step."""
+    """Images per step, over all devices together."""
     learning_rate: Annotated[float, _POSITIVE] = 0.1
-    """Step size at the start; it falls to 0 along a cosine."""
+    """Step size at the start."""
+    decay_epochs: Annotated[tuple[Annotated[int, _COUNT], ...], _SEVERAL] = ()
+    """Epochs after which the step size falls tenfold; with none, it falls to 0 along a cosine."""
     momentum: Annotated[float, Parameter(validator=Number(gte=0, lt=1))] = 0.9
-    """Nesterov momentum."""
+    """Momentum of SGD."""
+    nesterov: bool = True
+    """Whether the momentum is Nesterov's."""
     weight_decay: Annotated[float, _AT_LEAST_0] = 1e-4
     """Weight decay of all kernels, added to the gradient."""
+    warm_start: bool = False
+    """Whether binary training begins at the float network trained with the same settings and seed."""
     scale: Literal["channel", "tensor", "none"] = "channel"
     """Which binary weights share a scale: those of one output channel, of one layer, or all are +-1."""
     exclude: Annotated[
@@ -82,10 +94,22 @@ class Settings:
     """Share of the run after which the relaxed methods train the binary network itself."""
     calibration_images: Annotated[int, _COUNT] = 5000
     """Training images (at most) on which batch-norm statistics are estimated anew for evaluation."""
+    measure_every: Annotated[int, _COUNT] = 1
+    """Epochs between measurements on the validation images; the last epoch is always measured."""
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON takes them."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in vars(self).items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Recipe):
+    """One network on one image set."""
+
+    dataset: DatasetName = "digits"
+    """Images to learn from."""
+    model: ModelName = "resnet8"
+    """Network to train."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,20 +121,30 @@ class TrainSettings(Settings):
     seed: Annotated[int, _SEED] = 0
     """Seed of the initial weights, the order of the images and their augmentation."""
 
+    def without_seed(self) -> "TrainSettings":
+        """What it has in common with the runs that differ from it by their seed alone."""
+        return dataclasses.replace(self, seed=0)
+
+    def warm_start_run(self) -> "TrainSettings | None":
+        """The float run whose weights this run begins at, if any."""
+        if not self.warm_start or self.method == "float":
+            return None
+        return dataclasses.replace(self, method="float")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CompareSettings(Settings):
-    """One run per method and seed."""
+class _Methods:
+    """A run per method and seed."""
 
-    methods: Annotated[tuple[Method | Literal["all"], ...], Parameter(consume_multiple=True, negative="")] = (
+    methods: Annotated[tuple[Method | Literal["all"], ...], _SEVERAL] = (
         "float",
         "binary_connect",
         "binary_relax",
         "stam",
     )
     """Methods to train with; "all" for every one."""
-    seeds: Annotated[tuple[Annotated[int, _SEED], ...], Parameter(consume_multiple=True, negative="")] = (0,)
-    """Seeds, each a run per method."""
+    seeds: Annotated[int, _COUNT] = 1
+    """Runs of each method: with seeds 0, 1, and so on."""
 
     def chosen(self) -> tuple[Method, ...]:
         """The methods to train with, each by its name.
@@ -120,19 +154,91 @@ class CompareSettings(Settings):
         """
         if self.methods == ("all",):
             return METHODS
-        named = cast(tuple[Method, ...], tuple(method for method in self.methods if method != "all"))
+        named = tuple(method for method in self.methods if method != "all")
         if not named or len(set(named)) < len(self.methods):
             raise SettingsError('--methods: give at least one, and none twice; "all" stands alone.')
-        return named
+        return cast(tuple[Method, ...], named)
 
-    def runs_of(self, method: Method) -> Sequence[TrainSettings]:
-        """The settings of one method's runs, a seed each."""
-        names = {field.name for field in dataclasses.fields(Settings)}
-        common = {name: value for name, value in vars(self).items() if name in names}
-        return [TrainSettings(**common, method=method, seed=seed) for seed in self.seeds]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareSettings(Settings, _Methods):
+    """One network on one image set, with several methods."""
+
+    def run(self, method: Method, seed: int) -> TrainSettings:
+        """The settings of one of the runs."""
+        return TrainSettings(**_fields_of(Settings, self), method=method, seed=seed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableSettings(Recipe, _Methods):
+    """Several networks on several image sets, with several methods."""
+
+    datasets: Annotated[tuple[DatasetName, ...], _SEVERAL] = ("digits",)
+    """Image sets to learn from."""
+    models: Annotated[tuple[ModelName, ...], _SEVERAL] = ("resnet8",)
+    """Networks to train on each."""
+
+    def comparisons(self) -> Sequence[CompareSettings]:
+        """The comparison of each network on each image set.
+
+        Raises:
+            SettingsError: if there is none, or one is named twice.
+        """
+        for option, names in (("--datasets", self.datasets), ("--models", self.models)):
+            if not names or len(set(names)) < len(names):
+                raise SettingsError(f"{option}: give at least one, and none twice.")
+        common = _fields_of(Recipe, self) | _fields_of(_Methods, self)
+        return [
+            CompareSettings(**common, dataset=dataset, model=model)
+            for dataset in self.datasets
+            for model in self.models
+        ]
+
+
+def _fields_of(kind: Any, settings: Any) -> dict[str, Any]:
+    return {field.name: getattr(settings, field.name) for field in dataclasses.fields(kind)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Where images come from."""
+
+    data_dir: Path | None = None
+    """Folder of prepared image sets; by default that of TensorFlow Datasets."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution(Reading):
+    """How runs are carried out: nothing of this changes what comes of them, but for rounding."""
+
+    loader: Literal["memory", "stream"] = "memory"
+    """Whether the training images lie on the device, or are read batch by batch."""
+    workers: Annotated[int, _INDEX] = 0
+    """Processes that read and decode images where they are streamed; 0 for none beside this one."""
+    checkpoint_every: Annotated[int | None, _COUNT] = None
+    """Epochs between checkpoints that are kept; the last state is saved every minute in any case."""
+    tensorboard: Annotated[bool, Parameter(negative="")] = False
+    """Write the metrics for TensorBoard as well."""
+    coordinator: str | None = None
+    """Address of the first of several processes, HOST:PORT; "auto" on TPU pods and under SLURM."""
+    processes: Annotated[int | None, _COUNT] = None
+    """Number of processes, with a coordinator's address."""
+    process: Annotated[int | None, _INDEX] = None
+    """Which of the processes this is, from 0, with a coordinator's address."""
 
 
 Output = Annotated[
     Path | None,
     Parameter(help="Folder for the results; must be new or empty. By default one under runs/."),
+]
+Resume = Annotated[
+    bool,
+    Parameter(
+        negative="",
+        help="Go on with what is unfinished in --output; what is finished stays. A new folder is begun.",
+    ),
+]
+RecipeName = Annotated[
+    str | None,
+    Parameter(help="Published or own protocol to follow, by its name in experiments/recipes."),
 ]

@@ -1,14 +1,15 @@
 """Image sets as arrays of bytes, split once and for all, and their augmentation."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.config import DatasetName
+from experiments.releases import RELEASES
 
 
 class Split(NamedTuple):
@@ -22,9 +23,49 @@ class Split(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
 
+    @property
+    def size(self) -> int:
+        """How many images there are."""
+        return len(self.labels)
+
     def at(self, indices: np.ndarray) -> "Split":
         """The images of those indices, with their labels."""
         return Split(self.images[indices], self.labels[indices])
+
+
+class Records(Protocol):
+    """Images to be had by their indices: a split in memory, or one read from disk as it is asked for."""
+
+    @property
+    def size(self) -> int:
+        """How many images there are."""
+        ...
+
+    def at(self, indices: np.ndarray) -> Split:
+        """The images of those indices, with their labels."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Selected:
+    """Some of other records, under new indices.
+
+    Args:
+        records: the others.
+        indices: which of them.
+    """
+
+    records: Records
+    indices: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """How many images there are."""
+        return len(self.indices)
+
+    def at(self, indices: np.ndarray) -> Split:
+        """The images of those indices, with their labels."""
+        return self.records.at(self.indices[indices])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,17 +74,21 @@ class Dataset:
 
     Args:
         classes: the number of labels.
-        train: to learn from.
+        train: to learn from; in memory unless it was to be streamed.
         validation: held out of training, for the curves and for tuning.
         test: looked at once, after the last epoch.
+        mean: of the training pixels, per channel.
+        deviation: standard deviation of the training pixels, per channel.
         shift: how many pixels augmentation moves an image by, at most, each way.
         flip: whether augmentation mirrors images.
     """
 
     classes: int
-    train: Split
+    train: Records
     validation: Split
     test: Split
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
     shift: int
     flip: bool
 
@@ -87,12 +132,66 @@ def _digits() -> Dataset:
 
     rest, test = split(Split(images, labels), 450)
     train, validation = split(rest, 150)
-    return Dataset(classes=10, train=train, validation=validation, test=test, shift=1, flip=False)
+    pixels = train.images.astype(np.float64)
+    return Dataset(
+        classes=10,
+        train=train,
+        validation=validation,
+        test=test,
+        mean=tuple(pixels.mean(axis=(0, 1, 2)).tolist()),
+        deviation=tuple(pixels.std(axis=(0, 1, 2)).tolist()),
+        shift=1,
+        flip=False,
+    )
 
 
-_LOADERS: dict[DatasetName, Callable[[], Dataset]] = {"digits": _digits}
+def held_out(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of some training images to train on and which to hold out: the same ones in every run.
+
+    Args:
+        count: how many images there are.
+        size: how many to hold out.
+
+    Returns:
+        The indices of the images to train on and of those held out, each in ascending order.
+    """
+    order = np.random.default_rng(0).permutation(count)
+    return np.sort(order[size:]), np.sort(order[:size])
 
 
-def load(name: DatasetName) -> Dataset:
-    """The image set of that name."""
-    return _LOADERS[name]()
+def _released(name: str, data_dir: Path | None, *, streamed: bool) -> Dataset:
+    """A set that TensorFlow Datasets knows."""
+    from experiments import prepared
+
+    release = RELEASES[name]
+    everything = prepared.open_records(name, "train", data_dir)
+    if not streamed:
+        everything = prepared.read_all(everything)
+    kept, left = held_out(everything.size, release.held_out)
+    return Dataset(
+        classes=release.classes,
+        train=Selected(everything, kept) if streamed else everything.at(kept),
+        validation=everything.at(left),
+        test=prepared.read_all(prepared.open_records(name, "test", data_dir)),
+        mean=release.mean,
+        deviation=release.deviation,
+        shift=release.shift,
+        flip=release.flip,
+    )
+
+
+def load(name: DatasetName, data_dir: Path | None = None, *, streamed: bool = False) -> Dataset:
+    """The image set of that name; one that is not there yet is downloaded and prepared.
+
+    Args:
+        name: which set.
+        data_dir: where TensorFlow Datasets keeps its sets; by default where it always does.
+        streamed: whether to leave the training images on disk, to be read as they are asked for.
+
+    Returns:
+        The set, split as in every run.
+
+    Raises:
+        SettingsError: if the set is not there and cannot be downloaded.
+    """
+    return _digits() if name == "digits" else _released(name, data_dir, streamed=streamed)

@@ -10,36 +10,43 @@ from flax import nnx
 
 import stam_jax
 from experiments.data import Split
+from experiments.devices import Layout
 
 _BATCH = 500
 
 
-@functools.partial(jax.jit, static_argnames="graph")
-def _correct(graph: Any, params: Any, stats: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("graph", "sharding"))
+def _correct(graph: Any, params: Any, stats: Any, split: Split, sharding: Any) -> jax.Array:
+    images, labels = jax.lax.with_sharding_constraint(split, sharding)
     network = nnx.merge(graph, params, stats, copy=True)
     return jnp.sum(jnp.argmax(network(images), axis=-1) == labels)
 
 
-@functools.partial(jax.jit, static_argnames="graph")
-def _batch_statistics(graph: Any, params: Any, stats: Any, images: jax.Array) -> Any:
+@functools.partial(jax.jit, static_argnames=("graph", "sharding"))
+def _batch_statistics(graph: Any, params: Any, stats: Any, images: jax.Array, sharding: Any) -> Any:
     network = nnx.merge(graph, params, stats, copy=True)
     # Without memory, the running statistics are those of the batch.
     network.set_attributes(nnx.BatchNorm, momentum=0.0)
-    network(images, train=True)
+    network(jax.lax.with_sharding_constraint(images, sharding), train=True)
     return nnx.state(network, nnx.BatchStat)
 
 
-def accuracy(graph: Any, params: Any, stats: Any, split: Split) -> float:
+def accuracy(graph: Any, params: Any, stats: Any, split: Split, layout: Layout) -> float:
     """The share of images whose label has the largest logit, with batch-norm statistics as given."""
-    correct = 0
-    for start in range(0, len(split.labels), _BATCH):
-        part = slice(start, start + _BATCH)
-        correct += int(_correct(graph, params, stats, split.images[part], split.labels[part]))
-    return correct / len(split.labels)
+    batch = -(-_BATCH // jax.device_count()) * jax.device_count()
+    correct = []
+    for start in range(0, split.size, batch):
+        images, labels = split.at(np.arange(start, min(start + batch, split.size)))
+        # A device gets as many images as the others: what is missing in the last batch has no label.
+        missing = -len(labels) % jax.device_count()
+        images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+        part = Split(images, np.pad(labels, (0, missing), constant_values=-1))
+        correct.append(_correct(graph, params, stats, part, layout.split))
+    return sum(map(int, jax.device_get(correct))) / split.size
 
 
 def batch_statistics(
-    graph: Any, params: Any, stats: Any, train: Split, *, images: int, batch_size: int
+    graph: Any, params: Any, stats: Any, images: np.ndarray, *, batch_size: int, layout: Layout
 ) -> Any:
     """Batch-norm statistics estimated anew for these weights.
 
@@ -50,16 +57,16 @@ def batch_statistics(
         graph: the network's graph.
         params: its weights.
         stats: statistics of the right shapes; their values do not matter.
-        train: the training images.
-        images: how many of them to look at, at most; no fewer than one batch.
+        images: training images, at least one batch of them.
         batch_size: of each batch.
+        layout: of the arrays on the devices.
 
     Returns:
         Statistics like `stats`.
     """
-    count = max(min(images, len(train.labels)) // batch_size, 1)
+    count = len(images) // batch_size
     batches = [
-        _batch_statistics(graph, params, stats, train.images[i * batch_size : (i + 1) * batch_size])
+        _batch_statistics(graph, params, stats, images[i * batch_size : (i + 1) * batch_size], layout.split)
         for i in range(count)
     ]
     return jax.tree.map(lambda *values: sum(values) / count, *batches)

@@ -48,6 +48,11 @@ def save_float(path: Path, arrays: dict[str, np.ndarray]) -> int:
     return path.stat().st_size
 
 
+def load_float(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file of `save_float`, by name."""
+    return load_file(path)
+
+
 def save_packed(path: Path, arrays: dict[str, np.ndarray], leaves: dict[str, QuantizedLeaf]) -> int:
     """Write arrays with a bit per weight of the binary leaves, float32 scales, and the rest as it is.
 

@@ -1,45 +1,91 @@
 """The networks, in Flax NNX. Each maps images of bytes to logits."""
 
+import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from experiments.config import ModelName
+from experiments import convolutions
+from experiments.config import ModelName, Precision
 from experiments.data import Dataset
 
 
 class ConvNorm(nnx.Module):
-    """A convolution without bias, and batch normalisation."""
+    """A convolution without bias, and batch normalisation.
 
-    def __init__(self, inputs: int, outputs: int, size: int, stride: int, *, rngs: nnx.Rngs):
+    Args:
+        inputs: channels that come in.
+        outputs: channels that go out.
+        size: height and width of the kernel, odd.
+        stride: pixels from one output to the next.
+        dtype: of the products and of the features; parameters and statistics are float32.
+        rngs: where the initial weights come from.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, size: int, stride: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        self.dtype = dtype
         self.conv = nnx.Conv(
             inputs,
             outputs,
             kernel_size=(size, size),
             strides=stride,
-            padding="SAME",
+            # Not "SAME": with a stride of 2 that pads one side only, unlike the networks published.
+            padding=size // 2,
             use_bias=False,
+            dtype=dtype,
             kernel_init=nnx.initializers.he_normal(),
+            conv_general_dilated=convolutions.conv_general_dilated,
             rngs=rngs,
         )
-        self.norm = nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs)
+        # In bfloat16 it would round the running mean before subtracting it, though not a batch's own.
+        self.norm = nnx.BatchNorm(outputs, momentum=0.9, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Features of shape [count, height / stride, width / stride, outputs]."""
-        return self.norm(self.conv(x), use_running_average=not train)
+        return self.norm(self.conv(x), use_running_average=not train).astype(self.dtype)
+
+
+class Projection(ConvNorm):
+    """A shortcut through a 1x1 convolution; arguments as of `ConvNorm`."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, **options: Any):
+        super().__init__(inputs, outputs, 1, stride, **options)
+
+
+class ZeroPadding(nnx.Module):
+    """A shortcut without parameters: every `stride`-th pixel, and zeros for the channels that are new."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, **options: Any):
+        del options
+        self.new, self.stride = outputs - inputs, stride
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Features of shape [count, height / stride, width / stride, outputs]."""
+        del train
+        return jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), (0, self.new)))
 
 
 class Block(nnx.Module):
-    """Two convolutions around which the input is carried, through a 1x1 one where shapes change."""
+    """Two convolutions around which the input is carried, by a shortcut where shapes change."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, *, rngs: nnx.Rngs):
-        self.first = ConvNorm(inputs, outputs, 3, stride, rngs=rngs)
-        self.second = ConvNorm(outputs, outputs, 3, 1, rngs=rngs)
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        *,
+        shortcut: Callable[..., Projection | ZeroPadding],
+        **options: Any,
+    ):
+        self.first = ConvNorm(inputs, outputs, 3, stride, **options)
+        self.second = ConvNorm(outputs, outputs, 3, 1, **options)
         changes = stride != 1 or inputs != outputs
-        self.shortcut = ConvNorm(inputs, outputs, 1, stride, rngs=rngs) if changes else None
+        self.shortcut = shortcut(inputs, outputs, stride, **options) if changes else None
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Features of shape [count, height / stride, width / stride, outputs]."""
@@ -48,16 +94,74 @@ class Block(nnx.Module):
         return nnx.relu(self.second(x, train=train) + carried)
 
 
-class ResNet(nnx.Module):
-    """A residual network for small images: a 3x3 stem, stages of blocks, the mean, a linear head.
+class Network(nnx.Module):
+    """What all have in common: standardised images go in, and a linear head reads the features' mean.
+
+    Args:
+        channels: of the features.
+        dataset: the images it is for.
+        dtype: of the products.
+        rngs: where the initial weights come from.
+    """
+
+    def __init__(self, channels: int, dataset: Dataset, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.mean, self.deviation = tuple(dataset.mean), tuple(dataset.deviation)
+        self.dtype = dtype
+        self.head = nnx.Linear(channels, dataset.classes, dtype=dtype, rngs=rngs)
+
+    def features(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Features of shape [count, height, width, channels] of standardised images."""
+        raise NotImplementedError
+
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        """Logits of shape [count, classes] of images of bytes, [count, height, width, channels]."""
+        x = (images.astype(jnp.float32) - jnp.asarray(self.mean)) / jnp.asarray(self.deviation)
+        x = self.features(x.astype(self.dtype), train=train)
+        return self.head(jnp.mean(x, axis=(1, 2))).astype(jnp.float32)
+
+
+class VGG(Network):
+    """A plain network: stages of 3x3 convolutions, each followed by a pool while there is more than a pixel.
+
+    Args:
+        stages: channels of each stage.
+        depths: convolutions of each stage.
+        dataset: the images it is for.
+        **options: arguments of every layer.
+
+    References:
+        Simonyan and Zisserman, Very deep convolutional networks for large-scale image recognition,
+        arXiv:1409.1556; with batch normalisation, and one linear layer for three, as is usual for CIFAR.
+    """
+
+    def __init__(self, stages: Sequence[int], depths: Sequence[int], dataset: Dataset, **options: Any):
+        layers, inputs = [], len(dataset.mean)
+        for outputs, depth in zip(stages, depths, strict=True):
+            widths = (inputs, *[outputs] * depth)
+            layers.append(nnx.List([ConvNorm(*pair, 3, 1, **options) for pair in itertools.pairwise(widths)]))
+            inputs = outputs
+        self.stages = nnx.List(layers)
+        super().__init__(inputs, dataset, **options)
+
+    def features(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Features of shape [count, height, width, channels], a pixel each for images of 32 and less."""
+        for stage in self.stages:
+            for layer in stage:
+                x = nnx.relu(layer(x, train=train))
+            if min(x.shape[1:3]) > 1:
+                x = convolutions.max_pool(x)
+        return x
+
+
+class ResNet(Network):
+    """A residual network for small images: a 3x3 stem and stages of blocks.
 
     Args:
         stages: channels of each stage; every stage but the first halves the image.
         blocks: blocks per stage.
-        classes: number of logits.
-        mean: of the training images, per channel.
-        deviation: standard deviation of the training images, per channel.
-        rngs: where the initial weights come from.
+        dataset: the images it is for.
+        shortcut: what carries the input where shapes change.
+        **options: arguments of every layer.
 
     References:
         He et al., Deep residual learning for image recognition, arXiv:1512.03385, section 4.2.
@@ -65,59 +169,58 @@ class ResNet(nnx.Module):
 
     def __init__(
         self,
-        *,
         stages: Sequence[int],
         blocks: int,
-        classes: int,
-        mean: Sequence[float],
-        deviation: Sequence[float],
-        rngs: nnx.Rngs,
+        dataset: Dataset,
+        *,
+        shortcut: Callable[..., Projection | ZeroPadding],
+        **options: Any,
     ):
-        self.mean, self.deviation = tuple(mean), tuple(deviation)
-        self.stem = ConvNorm(len(self.mean), stages[0], 3, 1, rngs=rngs)
+        self.stem = ConvNorm(len(dataset.mean), stages[0], 3, 1, **options)
         layers, inputs = [], stages[0]
         for stage, outputs in enumerate(stages):
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
-                layers.append(Block(inputs, outputs, stride, rngs=rngs))
+                layers.append(Block(inputs, outputs, stride, shortcut=shortcut, **options))
                 inputs = outputs
         self.blocks = nnx.List(layers)
-        self.head = nnx.Linear(inputs, classes, rngs=rngs)
+        super().__init__(inputs, dataset, **options)
 
-    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """Logits of shape [count, classes] of images of bytes, [count, height, width, channels]."""
-        x = (images.astype(jnp.float32) - jnp.asarray(self.mean)) / jnp.asarray(self.deviation)
+    def features(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Features of shape [count, height, width, channels]."""
         x = nnx.relu(self.stem(x, train=train))
         for block in self.blocks:
             x = block(x, train=train)
-        return self.head(jnp.mean(x, axis=(1, 2)))
+        return x
 
 
-def _resnet8(dataset: Dataset, width: int, rngs: nnx.Rngs) -> nnx.Module:
-    pixels = dataset.train.images.astype(np.float64)
-    return ResNet(
-        stages=(width, 2 * width, 4 * width),
-        blocks=1,
-        classes=dataset.classes,
-        mean=pixels.mean(axis=(0, 1, 2)).tolist(),
-        deviation=pixels.std(axis=(0, 1, 2)).tolist(),
-        rngs=rngs,
-    )
-
-
-_BUILDERS: dict[ModelName, Callable[[Dataset, int, nnx.Rngs], nnx.Module]] = {"resnet8": _resnet8}
-
-
-def build(name: ModelName, dataset: Dataset, *, width: int, key: jax.Array) -> nnx.Module:
+def build(
+    name: ModelName, dataset: Dataset, *, width: float, precision: Precision = "float32", key: jax.Array
+) -> Network:
     """The network of that name for an image set, with initial weights drawn from a key.
 
     Args:
         name: which network.
         dataset: the images it is for: their channels, classes, mean and deviation.
-        width: channels of the first stage.
+        width: factor of the channels; 1 for those of the literature.
+        precision: dtype of the products; parameters, statistics and logits are float32.
         key: random key of the initial weights.
 
     Returns:
         A network whose call takes images and the keyword `train`.
     """
-    return _BUILDERS[name](dataset, width, nnx.Rngs(key))
+    options: dict[str, Any] = {"dtype": jnp.dtype(precision), "rngs": nnx.Rngs(key)}
+    scaled = lambda *channels: [max(1, round(width * each)) for each in channels]
+    match name:
+        case "vgg11":
+            return VGG(scaled(64, 128, 256, 512, 512), (1, 1, 2, 2, 2), dataset, **options)
+        case "vgg16":
+            return VGG(scaled(64, 128, 256, 512, 512), (2, 2, 3, 3, 3), dataset, **options)
+        case "resnet8":
+            return ResNet(scaled(16, 32, 64), 1, dataset, shortcut=Projection, **options)
+        case "resnet18":
+            return ResNet(scaled(64, 128, 256, 512), 2, dataset, shortcut=Projection, **options)
+        case "resnet20":
+            return ResNet(scaled(16, 32, 64), 3, dataset, shortcut=ZeroPadding, **options)
+        case "resnet56":
+            return ResNet(scaled(16, 32, 64), 9, dataset, shortcut=ZeroPadding, **options)

@@ -37,15 +37,17 @@ def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int,
         epoch: steps of one epoch.
 
     Returns:
-        An `optax.GradientTransformation`: weight decay and Nesterov momentum, the same for all methods but
-        Bop, whose binary weights take plain gradients; then the method with a cosine schedule of the step
-        size.
+        An `optax.GradientTransformation`: weight decay and momentum, the same for all methods but Bop, whose
+        binary weights take plain gradients; then the method with a schedule of the step size.
+
+    Raises:
+        SettingsError: if the step size is to fall after an epoch that the run does not have.
     """
-    learning_rate = optax.cosine_decay_schedule(settings.learning_rate, steps)
+    learning_rate = _schedule(settings, steps=steps, epoch=epoch)
     scale = None if settings.scale == "none" else settings.scale
     common = {"quantizer": stam_jax.Binary(scale=scale), "mask": selection}
     hard_from = max(round(settings.hard_from * steps), 1)
-    momentum = optax.trace(settings.momentum, nesterov=True)
+    momentum = optax.trace(settings.momentum, nesterov=settings.nesterov)
     decay = optax.add_decayed_weights(settings.weight_decay, mask=lambda p: stam_jax.select(p).mask)
     match settings.method:
         case "float":
@@ -98,3 +100,16 @@ def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int,
             blend = stam_jax.LinearBlend(stam_jax.schedules.linear_to_hard(hard_from))
             method = stam_jax.stam(learning_rate, relaxation=blend, **common)
     return optax.chain(decay, momentum, method)
+
+
+def _schedule(settings: TrainSettings, *, steps: int, epoch: int) -> optax.Schedule:
+    """The step size: along a cosine to 0, or tenfold less after each of some epochs."""
+    if not settings.decay_epochs:
+        return optax.cosine_decay_schedule(settings.learning_rate, steps)
+    ends = settings.decay_epochs
+    if sorted(set(ends)) != list(ends) or ends[-1] >= settings.epochs:
+        raise SettingsError(
+            f"--decay-epochs: {', '.join(map(str, ends))} should rise and end before --epochs, "
+            f"{settings.epochs}."
+        )
+    return optax.piecewise_constant_schedule(settings.learning_rate, {end * epoch: 0.1 for end in ends})

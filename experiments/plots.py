@@ -1,5 +1,6 @@
 """The picture of a run: accuracy, quantisation gap and sign flips over time."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,35 @@ def _floor(runs: Mapping[str, Sequence[Metrics]]) -> float:
         if row[name] is not None
     ]
     return max(min(late) - 0.05, 0.0)
+
+
+def accuracies(path: Path, cells: Mapping[str, Mapping[str, Metrics]]) -> None:
+    """Draw the accuracies of methods with the standard deviation over their seeds, a panel per network.
+
+    Args:
+        path: the picture to write; its ending says the format.
+        cells: by panel and method, the rows of results, one per seed.
+    """
+    methods = list(dict.fromkeys(method for column in cells.values() for method in column))
+    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
+        size = (1.5 + 3.5 * len(cells), 1.4 + 0.32 * len(methods))
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(1, len(cells), sharey=True, squeeze=False)[0]
+        for axes, (title, column) in zip(panels, cells.items(), strict=True):
+            for place, method in enumerate(methods):
+                rows = column.get(method, ())
+                values = [
+                    100 * row["relaxed_accuracy" if row["hard_accuracy"] is None else "hard_accuracy"]
+                    for row in rows
+                ]
+                if not values:
+                    continue
+                colour = _COLOURS[0] if method == "float" else _COLOURS[1]
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                axes.plot(values, [place] * len(values), "|", color=colour, alpha=0.5)
+                axes.errorbar(statistics.mean(values), place, xerr=spread, fmt="o", color=colour, capsize=3)
+            axes.set(title=title, xlabel="test accuracy, %")
+            axes.set_yticks(range(len(methods)), methods)
+            axes.grid(alpha=0.25)
+        panels[0].invert_yaxis()
+    figure.savefig(path, dpi=150)

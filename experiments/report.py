@@ -39,7 +39,7 @@ def _section(folder: Path) -> str:
     lines = [
         f"**{settings['model']} on {settings['dataset']}**, {settings['epochs']} epochs, batches of "
         f"{settings['batch_size']}; accuracy in % on the test images, after the last epoch; mean and "
-        f"standard deviation over seeds {', '.join(map(str, settings['seeds']))} on one split; "
+        f"standard deviation over {settings['seeds']} seeds on one split; "
         f"{environment['machine']}, jax {environment['packages']['jax']}. `python -m experiments compare "
         f"--config {place}/{runs.CONFIG}`:",
         "",

@@ -13,32 +13,64 @@ from typing import Any
 
 import jax
 
-from experiments.config import Settings, SettingsError, TrainSettings
+from experiments import devices
+from experiments.config import Settings, SettingsError, TableSettings, TrainSettings
 
 CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
 METRICS, CURVES = "metrics.jsonl", "curves.png"
+CHECKPOINTS, TENSORBOARD, ERROR = "checkpoints", "tensorboard", "error.txt"
+# What a comparison or a table may be given more of when it goes on.
+_MAY_GROW = ("methods", "seeds", "datasets", "models")
 RELAXED, PACKED = "relaxed.safetensors", "packed.safetensors"
 
 
-def create(folder: Path | None, command: str, settings: Settings) -> Path:
-    """Make the folder of a run and write down what is run, and on what.
+def begin(folder: Path | None, command: str, settings: Settings | TableSettings, *, resume: bool) -> Path:
+    """Make the folder of a run and write down what is run, and on what; or find it there to go on with.
+
+    Args:
+        folder: where the run goes; None for a new one under runs/.
+        command: that is run, for the name of a new folder.
+        settings: of the run.
+        resume: whether the folder may hold a run already.
 
     Raises:
-        SettingsError: if the folder exists and is not empty, or cannot be made.
+        SettingsError: if the folder cannot be made, or holds something that is not this run.
     """
     if folder is None:
+        if resume or jax.process_count() > 1:
+            raise SettingsError("--output: name the folder, for a run to go on or to be shared by processes.")
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        folder = Path("runs") / f"{now}-{command}-{settings.dataset}"
+        folder = Path("runs") / f"{now}-{command}"
+    if devices.is_first():
+        _begin(folder, settings, resume=resume)
+    devices.wait(str(folder))
+    return folder
+
+
+def _begin(folder: Path, settings: Settings | TableSettings, *, resume: bool) -> None:
     surroundings = environment()  # Before the folder changes what git says.
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise SettingsError(f"--output: the folder {folder} is not empty; name a new one.")
+        empty = not any(folder.iterdir())
     except OSError as error:
         raise SettingsError(f"--output: cannot use {folder}: {error.strerror}.") from error
+    if not empty and not resume:
+        raise SettingsError(
+            f"--output: the folder {folder} is not empty; name a new one, or go on with it by --resume."
+        )
+    if (folder / CONFIG).is_file():
+        stored, given = read_json(folder / CONFIG), settings.as_dict()
+        differing = [name for name in given if stored.get(name) != given[name] and name not in _MAY_GROW]
+        if differing:
+            name = differing[0]
+            raise SettingsError(
+                f"--resume: {folder} was begun with other settings: {name} was {stored.get(name)}, "
+                f"and is {given[name]} now."
+            )
+    elif not empty:
+        raise SettingsError(f"--resume: {folder} is not the folder of a run: it holds no {CONFIG}.")
     write_json(folder / CONFIG, settings.as_dict())
     write_json(folder / ENVIRONMENT, surroundings)
-    return folder
 
 
 def environment() -> dict[str, Any]:
@@ -76,8 +108,10 @@ def _git(*arguments: str) -> str | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON for people to read."""
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    """Write a value as JSON for people to read; the file is there whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.replace(path)
 
 
 def read_json(path: Path) -> Any:
@@ -93,15 +127,51 @@ def read_settings(path: Path) -> TrainSettings:
     """
     try:
         values = read_json(path)
-        return TrainSettings(**values | {"exclude": tuple(values["exclude"])})
+        tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return TrainSettings(**values | tuples)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise SettingsError(f"{path} does not hold the settings of a run: {error}") from error
 
 
-def append_metrics(path: Path, row: dict[str, Any]) -> None:
-    """Add a line to a file of metrics."""
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+class Recorder:
+    """The metrics of a run, a line each; a context. Only the first process writes.
+
+    Args:
+        folder: of the run.
+        keep: lines of which epochs to keep, from 1 on, of a run that goes on.
+        tensorboard: whether to write them for TensorBoard as well.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, tensorboard: bool):
+        self._path, self._writes = folder / METRICS, devices.is_first()
+        self._board: Any = None
+        if not self._writes:
+            return
+        rows = read_metrics(self._path) if self._path.is_file() else []
+        self._path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["epoch"] <= keep))
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / TENSORBOARD))
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a line."""
+        if not self._writes:
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._board is not None:
+            for name, value in row.items():
+                if value is not None:
+                    self._board.add_scalar(name, value, row["step"])
+            self._board.flush()
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._board is not None:
+            self._board.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

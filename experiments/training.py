@@ -1,7 +1,10 @@
 """Training a network with one method: the step, the epochs, and the row of results at the end."""
 
+import collections
+import contextlib
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +15,13 @@ import optax
 from flax import nnx
 
 import stam_jax
-from experiments import evaluation, files, models, optimizers, runs
-from experiments.config import DivergedError, SettingsError, TrainSettings
+from experiments import devices, evaluation, files, loader, models, optimizers, runs
+from experiments.checkpoints import Checkpoints
+from experiments.config import DivergedError, Execution, SettingsError, StoppedError, TrainSettings
 from experiments.data import Dataset, Split
+
+# How many steps the host may be ahead of the devices: enough to keep them busy, few enough to report on.
+_AHEAD = 16
 
 
 class State(NamedTuple):
@@ -24,11 +31,30 @@ class State(NamedTuple):
         params: the weights x.
         stats: batch-norm statistics.
         opt_state: of the optimiser; the hard weights are read from it.
+        loss: sum of the losses of the epoch's steps so far.
+        step: steps taken.
     """
 
     params: Any
     stats: Any
     opt_state: Any
+    loss: jax.Array
+    step: jax.Array
+
+
+class Progress(NamedTuple):
+    """What a run tells of itself while it goes on.
+
+    Args:
+        step: called with the number of steps taken.
+        metrics: called with the metrics of each measured epoch.
+    """
+
+    step: Callable[[int], None] = lambda step: None
+    metrics: Callable[[dict[str, Any]], None] = lambda metrics: None
+
+
+_EXECUTION, _SILENT = Execution(), Progress()
 
 
 class Trainer:
@@ -39,41 +65,63 @@ class Trainer:
     Args:
         settings: of the runs; their seed is left to `run`.
         dataset: to learn.
+        execution: where the images lie, and how often the state is saved.
 
     Raises:
         SettingsError: if the settings do not go together.
     """
 
-    def __init__(self, settings: TrainSettings, dataset: Dataset):
-        if settings.batch_size > len(dataset.train.labels):
+    def __init__(self, settings: TrainSettings, dataset: Dataset, execution: Execution = _EXECUTION):
+        if settings.batch_size > dataset.train.size:
             raise SettingsError(
                 f"--batch-size: {settings.batch_size} images are more than the "
-                f"{len(dataset.train.labels)} there are to train on."
+                f"{dataset.train.size} there are to train on."
             )
-        self.settings, self.dataset = settings, dataset
-        self.steps_per_epoch = len(dataset.train.labels) // settings.batch_size
-        self.graph, params, _ = self._build(jax.random.key(0))
+        if settings.batch_size % jax.device_count():
+            raise SettingsError(
+                f"--batch-size: {settings.batch_size} images cannot be shared evenly by "
+                f"{jax.device_count()} devices."
+            )
+        self.settings, self.dataset, self.execution = settings, dataset, execution
+        self.steps_per_epoch = dataset.train.size // settings.batch_size
+        self.steps = self.steps_per_epoch * settings.epochs
+        # Neither the graph nor what is selected depends on the values of the weights.
+        self.graph, params, _ = nnx.split(
+            nnx.eval_shape(lambda: self._network(jax.random.key(0))), nnx.Param, nnx.BatchStat
+        )
         self.selection = optimizers.choose(params, settings)
         self.optimizer = optimizers.build(
-            settings,
-            self.selection,
-            steps=self.steps_per_epoch * settings.epochs,
-            epoch=self.steps_per_epoch,
+            settings, self.selection, steps=self.steps, epoch=self.steps_per_epoch
         )
-        self._step = jax.jit(self._advance, donate_argnums=0)
+        self.layout = devices.Layout()
+        self.learn = jax.jit(self._learn, donate_argnums=0)
+        self.advance = jax.jit(self._advance, donate_argnums=0)
 
-    def _build(self, key: jax.Array) -> tuple[Any, Any, Any]:
-        """The graph of the network, its weights, and its batch-norm statistics."""
-        network = models.build(self.settings.model, self.dataset, width=self.settings.width, key=key)
-        graph, params, stats = nnx.split(network, nnx.Param, nnx.BatchStat)
-        return graph, params, stats
+    def _network(self, key: jax.Array) -> nnx.Module:
+        settings = self.settings
+        return models.build(
+            settings.model, self.dataset, width=settings.width, precision=settings.precision, key=key
+        )
 
-    def _advance(
-        self, state: State, key: jax.Array, train: Split, chosen: jax.Array
-    ) -> tuple[State, jax.Array]:
-        """One step on the chosen images; returns the loss as well."""
-        images = self.dataset.augment(key, train.images[chosen])
-        labels = train.labels[chosen]
+    def initial_state(self, key: jax.Array, start: Path | None = None) -> State:
+        """The state before the first step, on the devices.
+
+        Args:
+            key: random key of the weights.
+            start: a file of `files.save_float` with the weights and statistics to begin at, if not random.
+        """
+        _, params, stats = nnx.split(self._network(key), nnx.Param, nnx.BatchStat)
+        if start is not None:
+            arrays = files.load_float(start)
+            params, stats = files.from_arrays(arrays, params), files.from_arrays(arrays, stats)
+        state = State(params, stats, self.optimizer.init(params), jnp.zeros([]), jnp.zeros([], jnp.int32))
+        return self.layout.everywhere(state)
+
+    def _learn(self, state: State, key: jax.Array, batch: Split) -> tuple[State, jax.Array]:
+        """One step on a batch; returns the loss as well. The key is the epoch's."""
+        index = state.step % self.steps_per_epoch
+        images, labels = self.layout.spread(batch)
+        images = self.dataset.augment(jax.random.fold_in(key, index), images)
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
             network = nnx.merge(self.graph, params, state.stats, copy=True)
@@ -84,59 +132,165 @@ class Trainer:
         (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return State(params, stats, opt_state), value
+        total = jnp.where(index == 0, 0.0, state.loss) + value
+        return State(params, stats, opt_state, total, state.step + 1), value
 
-    def run(self, seed: int, folder: Path, progress: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    def _advance(
+        self, state: State, key: jax.Array, train: Split, order: jax.Array
+    ) -> tuple[State, jax.Array]:
+        """One step on the next images of the epoch's order; returns the loss as well."""
+        size = self.settings.batch_size
+        chosen = jax.lax.dynamic_slice_in_dim(order, state.step % self.steps_per_epoch * size, size)
+        chosen = self.layout.spread(chosen)
+        return self._learn(state, key, Split(train.images[chosen], train.labels[chosen]))
+
+    @contextlib.contextmanager
+    def _feed(
+        self, order_of: Callable[[int], jax.Array], step: int
+    ) -> Iterator[Callable[[State, jax.Array, jax.Array], tuple[State, jax.Array]]]:
+        """Opens the training images from a step on.
+
+        Gives a function that takes the next step, from a state, the epoch's key and its order of the images;
+        it returns the loss as well.
+        """
+        records = self.dataset.train
+        if self.execution.loader == "memory":
+            train = self.layout.everywhere(records.at(np.arange(records.size)))
+            yield lambda state, key, order: self.advance(state, key, train, order)
+            return
+        # One order for all epochs, so that workers are started once.
+        used = self.steps_per_epoch * self.settings.batch_size
+        orders = [np.asarray(order_of(epoch))[:used] for epoch in range(self.settings.epochs)]
+        batches = loader.batches(
+            records,
+            np.concatenate(orders),
+            batch_size=self.settings.batch_size,
+            start=step,
+            workers=self.execution.workers,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+        )
+        with contextlib.closing(batches):
+            yield lambda state, key, order: self.learn(state, key, self.layout.batch(next(batches)))
+
+    def run(
+        self,
+        seed: int,
+        folder: Path,
+        progress: Progress = _SILENT,
+        *,
+        start: Path | None = None,
+    ) -> dict[str, Any]:
         """Train from one seed; write metrics and weights; judge on the test images, once.
+
+        Where the folder holds a checkpoint, the run goes on from there, and ends as if it had never stopped.
 
         Args:
             seed: of the initial weights, the order of the images and their augmentation.
             folder: where the files go.
-            progress: called with the metrics of each epoch.
+            progress: told of every step and every measurement.
+            start: a file of `files.save_float` with the weights to begin at; random ones by default.
 
         Returns:
             The row of results.
 
         Raises:
             DivergedError: if the loss of an epoch is not a finite number.
+            StoppedError: if the process was asked to stop; the state is saved.
         """
-        start = time.perf_counter()
+        began = time.perf_counter()
         init_key, key = jax.random.split(jax.random.key(seed))
-        _, params, stats = self._build(init_key)
-        state = State(params, stats, self.optimizer.init(params))
-        train = jax.device_put(self.dataset.train)
-        leaves = self._leaves(state)
-        for epoch in range(self.settings.epochs):
-            order_key, step_key = jax.random.split(jax.random.fold_in(key, epoch))
-            order = np.asarray(jax.random.permutation(order_key, len(train.labels)))
-            losses = []
-            for i in range(self.steps_per_epoch):
-                chosen = order[i * self.settings.batch_size : (i + 1) * self.settings.batch_size]
-                state, value = self._step(state, jax.random.fold_in(step_key, i), train, chosen)
-                losses.append(value)
-            loss = float(np.mean(jax.device_get(losses)))
-            if not np.isfinite(loss):
-                raise DivergedError(
-                    f"{self.settings.method}, seed {seed}: the loss is {loss} in epoch {epoch + 1}. "
-                    "A smaller --learning-rate may help."
-                )
-            before, leaves = leaves, self._leaves(state)
-            metrics = {
-                "epoch": epoch + 1,
-                "step": (epoch + 1) * self.steps_per_epoch,
-                "loss": loss,
-                **self._accuracies(state, leaves, self.dataset.validation),
-                "quantisation_gap": (
-                    float(stam_jax.quantisation_gap(state.opt_state, state.params)) if leaves else None
-                ),
-                "sign_flips": (float(stam_jax.sign_flips(_hard(before), _hard(leaves))) if leaves else None),
-                "seconds": time.perf_counter() - start,
-            }
-            runs.append_metrics(folder / runs.METRICS, metrics)
-            progress(metrics)
+        state = self.initial_state(init_key, start)
+        every = self.execution.checkpoint_every
+        checkpoints = Checkpoints(
+            folder / runs.CHECKPOINTS, None if every is None else every * self.steps_per_epoch
+        )
+        # The signs at the last measurement, and the seconds that were spent before, are part of it.
+        saved = {"state": state, "signs": self._signs(state), "seconds": np.zeros([])}
+        saved = checkpoints.restore(saved) or saved
+        state, signs, earlier = saved["state"], saved["signs"], float(saved["seconds"])
+        keys_of = lambda epoch: jax.random.split(jax.random.fold_in(key, epoch))
+        order_of = lambda epoch: jax.random.permutation(keys_of(epoch)[0], self.dataset.train.size)
+        seconds = lambda: earlier + time.perf_counter() - began
+        step = int(state.step)
+        started, first = divmod(step, self.steps_per_epoch)
+        with (
+            runs.Recorder(folder, keep=started, tensorboard=self.execution.tensorboard) as recorder,
+            devices.stop_requests() as stop_requested,
+            self._feed(order_of, step) as take_step,
+        ):
+            progress.step(step)
+            for epoch in range(started, self.settings.epochs):
+                order, step_key = order_of(epoch), keys_of(epoch)[1]
+                under_way: collections.deque[jax.Array] = collections.deque()
+                for _ in range(first, self.steps_per_epoch):
+                    state, loss = take_step(state, step_key, order)
+                    step += 1
+                    under_way.append(loss)
+                    if len(under_way) > _AHEAD:
+                        jax.block_until_ready(under_way.popleft())
+                    progress.step(step)
+                    epoch_ends = step % self.steps_per_epoch == 0
+                    if epoch_ends:
+                        signs = self._measure(epoch + 1, state, signs, seconds, recorder, progress)
+                    stop = stop_requested(step)
+                    if stop or checkpoints.is_due(step, epoch_ends=epoch_ends):
+                        saved = {"state": state, "signs": signs, "seconds": np.asarray(seconds())}
+                        checkpoints.save(step, saved)
+                    if stop and step < self.steps:
+                        raise StoppedError(
+                            f"stopped in epoch {epoch + 1}, after {step} of {self.steps} steps"
+                        )
+                first = 0
         row = self._judge(state, folder)
-        row |= {"seed": seed, "seconds": time.perf_counter() - start}
+        row |= {"seed": seed, "seconds": seconds()}
+        checkpoints.finish()
         return row
+
+    def _measure(
+        self,
+        epoch: int,
+        state: State,
+        signs: dict[str, jax.Array],
+        seconds: Callable[[], float],
+        recorder: runs.Recorder,
+        progress: Progress,
+    ) -> dict[str, jax.Array]:
+        """Measure what is due at the end of an epoch; return the signs of the binary weights.
+
+        Raises:
+            DivergedError: if the mean loss of the epoch is not a finite number.
+        """
+        loss = float(state.loss) / self.steps_per_epoch
+        if not np.isfinite(loss):
+            raise DivergedError(
+                f"{self.settings.method}: the loss is {loss} in epoch {epoch}. "
+                "A smaller --learning-rate may help."
+            )
+        if epoch % self.settings.measure_every and epoch < self.settings.epochs:
+            return signs
+        leaves, before, signs = self._leaves(state), signs, self._signs(state)
+        metrics = {
+            "epoch": epoch,
+            "step": epoch * self.steps_per_epoch,
+            "loss": loss,
+            **self._accuracies(state, leaves, self.dataset.validation),
+            "quantisation_gap": (
+                float(stam_jax.quantisation_gap(state.opt_state, state.params)) if leaves else None
+            ),
+            "sign_flips": float(stam_jax.sign_flips(before, signs)) if leaves else None,
+            "seconds": seconds(),
+        }
+        recorder.append(metrics)
+        progress.metrics(metrics)
+        return signs
+
+    def _signs(self, state: State) -> dict[str, jax.Array]:
+        """The signs of the binary weights by name, a byte each."""
+        return {
+            name: jnp.where(leaf.hard >= 0, jnp.int8(1), jnp.int8(-1))
+            for name, leaf in self._leaves(state).items()
+        }
 
     def _leaves(self, state: State) -> dict[str, stam_jax.QuantizedLeaf]:
         """The binary leaves, seen to be binary; none in a float run."""
@@ -150,10 +304,16 @@ class Trainer:
             self.graph,
             params,
             stats,
-            self.dataset.train,
-            images=self.settings.calibration_images,
+            self._calibration_images,
             batch_size=self.settings.batch_size,
+            layout=self.layout,
         )
+
+    @functools.cached_property
+    def _calibration_images(self) -> np.ndarray:
+        size = self.settings.batch_size
+        count = max(min(self.settings.calibration_images, self.dataset.train.size), size)
+        return self.dataset.train.at(np.arange(count)).images
 
     def _accuracies(
         self, state: State, leaves: dict[str, stam_jax.QuantizedLeaf], split: Split
@@ -173,7 +333,7 @@ class Trainer:
                 if name in networks:
                     params = networks[name]
                     stats = self._calibrated(params, state.stats) if calibrate else state.stats
-                    accuracy = evaluation.accuracy(self.graph, params, stats, split)
+                    accuracy = evaluation.accuracy(self.graph, params, stats, split, self.layout)
                 measured[f"{name}_{title}"] = accuracy
         return measured
 
@@ -185,20 +345,24 @@ class Trainer:
             "method": self.settings.method,
             **self._accuracies(state, leaves, self.dataset.test),
             "binary_share": 0.0,
-            "bytes_float": files.save_float(folder / runs.RELAXED, relaxed),
+            "bytes_float": None,
             "bytes_packed": None,
         }
-        if not leaves:
-            return row
-        hard = stam_jax.hard_params(state.opt_state, state.params)
-        stats = self._calibrated(hard, state.stats)
-        arrays = {**files.to_arrays(hard), **files.to_arrays(stats)}
-        path = folder / runs.PACKED
-        row["bytes_packed"] = files.save_packed(path, arrays, leaves)
-        weights = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        row["binary_share"] = sum(files.binary_weights(path).values()) / weights
-        if self.judge_file(path) != row["hard_accuracy"]:
-            raise AssertionError(f"{path} does not hold the network that was measured.")
+        if devices.is_first():
+            row["bytes_float"] = files.save_float(folder / runs.RELAXED, relaxed)
+        if leaves:
+            hard = stam_jax.hard_params(state.opt_state, state.params)
+            stats = self._calibrated(hard, state.stats)
+            path = folder / runs.PACKED
+            if devices.is_first():
+                arrays = {**files.to_arrays(hard), **files.to_arrays(stats)}
+                row["bytes_packed"] = files.save_packed(path, arrays, leaves)
+            devices.wait("packed")
+            weights = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+            row["binary_share"] = sum(files.binary_weights(path).values()) / weights
+            if self.judge_file(path) != row["hard_accuracy"]:
+                raise AssertionError(f"{path} does not hold the network that was measured.")
+        devices.wait("judged")
         return row
 
     def judge_file(self, packed: Path) -> float:
@@ -207,14 +371,11 @@ class Trainer:
         Raises:
             SettingsError: if the file holds another network.
         """
-        _, params, stats = self._build(jax.random.key(0))
         arrays = files.load_packed(packed)
+        _, params, stats = nnx.split(self._network(jax.random.key(0)), nnx.Param, nnx.BatchStat)
         try:
             params, stats = files.from_arrays(arrays, params), files.from_arrays(arrays, stats)
         except ValueError as error:
             raise SettingsError(f"{packed} holds another network: {error}") from error
-        return evaluation.accuracy(self.graph, params, stats, self.dataset.test)
-
-
-def _hard(leaves: dict[str, stam_jax.QuantizedLeaf]) -> dict[str, jax.Array]:
-    return {name: leaf.hard for name, leaf in leaves.items()}
+        params, stats = self.layout.everywhere((params, stats))
+        return evaluation.accuracy(self.graph, params, stats, self.dataset.test, self.layout)

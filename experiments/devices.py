@@ -1,0 +1,103 @@
+"""The devices: one mesh over all of them, the processes that share it, and being asked to stop."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from experiments.config import Execution, SettingsError
+
+_AXIS = "data"
+
+
+def connect(execution: Execution) -> None:
+    """Join the processes that train together; before anything else is done with JAX.
+
+    Raises:
+        SettingsError: if the options do not go together, or the other processes are not to be found.
+    """
+    given = (execution.processes, execution.process)
+    if execution.coordinator is None or execution.coordinator == "auto":
+        if given != (None, None):
+            raise SettingsError("--processes and --process: only with --coordinator HOST:PORT.")
+        if execution.coordinator is None:
+            return
+        arguments = {}
+    else:
+        if None in given:
+            raise SettingsError("--coordinator HOST:PORT: give --processes and --process as well.")
+        arguments = {
+            "coordinator_address": execution.coordinator,
+            "num_processes": execution.processes,
+            "process_id": execution.process,
+        }
+    try:
+        jax.distributed.initialize(**arguments)
+    except (RuntimeError, ValueError) as error:
+        raise SettingsError(f"--coordinator: cannot join the other processes: {error}") from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and talks to the user."""
+    return jax.process_index() == 0
+
+
+def wait(name: str) -> None:
+    """Wait until every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def agreed(value: bool) -> bool:
+    """What the first process says."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+class Layout:
+    """Where arrays lie: whole on every device, or a share of the batch on each."""
+
+    def __init__(self):
+        mesh = jax.make_mesh((jax.device_count(),), (_AXIS,), axis_types=(AxisType.Auto,))
+        self.whole = NamedSharding(mesh, PartitionSpec())
+        self.split = NamedSharding(mesh, PartitionSpec(_AXIS))
+
+    def everywhere(self, tree: Any) -> Any:
+        """The arrays of a tree, a copy on every device."""
+        return jax.device_put(tree, self.whole)
+
+    def batch(self, tree: Any) -> Any:
+        """Arrays of which this process holds its share of the first axis, spread over the devices."""
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.split, x), tree)
+
+    def spread(self, tree: Any) -> Any:
+        """Inside jit: the arrays of a tree, their first axis spread over the devices."""
+        return jax.lax.with_sharding_constraint(tree, self.split)
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[int], bool]]:
+    """While it is open, SIGTERM only asks for a stop; gives the question whether one was asked for.
+
+    The question is put with the number of steps taken; where several processes train together, all get the
+    same answer at the same step.
+    """
+    if jax.process_count() > 1:
+        # JAX catches the signal in each process and chooses a step that all have yet to reach.
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    asked = threading.Event()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set()) if in_main_thread else None
+    try:
+        yield lambda step: asked.is_set()
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)

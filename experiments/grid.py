@@ -1,0 +1,167 @@
+"""Several runs in a row: what is finished is left, what is unfinished goes on, what fails is told."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from experiments import data, devices, runs, training
+from experiments.config import Execution, StoppedError, TrainSettings
+from experiments.training import Trainer
+
+
+class Job(NamedTuple):
+    """One run.
+
+    Args:
+        settings: of the run.
+        folder: where it goes.
+        start: the folder of the float run whose weights it begins at, if any.
+    """
+
+    settings: TrainSettings
+    folder: Path
+    start: Path | None = None
+
+
+class Failure(NamedTuple):
+    """A run that did not finish, and why."""
+
+    job: Job
+    error: Exception
+
+    def __str__(self) -> str:
+        return f"{title(self.job.settings)}: {type(self.error).__name__}: {self.error}"
+
+
+class _Rate(ProgressColumn):
+    """Images per second."""
+
+    def render(self, task: Task) -> str:
+        speed = task.finished_speed or task.speed
+        return "" if speed is None else f"{speed * task.fields['images']:,.0f} images/s"
+
+
+def title(settings: TrainSettings) -> str:
+    """A run in a few words."""
+    return f"{settings.model} on {settings.dataset}, {settings.method}, seed {settings.seed}"
+
+
+@functools.lru_cache(maxsize=1)
+def dataset(settings_dataset: Any, data_dir: Path | None, streamed: bool) -> data.Dataset:
+    """An image set; the last one is kept, as runs on the same follow each other."""
+    return data.load(settings_dataset, data_dir, streamed=streamed)
+
+
+def trainer(settings: TrainSettings, execution: Execution) -> Trainer:
+    """A trainer for a run and all that differ from it by their seed alone.
+
+    Raises:
+        SettingsError: if the settings do not go together.
+    """
+    images = dataset(settings.dataset, execution.data_dir, execution.loader == "stream")
+    return Trainer(settings, images, execution)
+
+
+def with_warm_start(job: Job, folder: Path) -> Sequence[Job]:
+    """A job, behind that of the float run which it begins at, if it does.
+
+    Args:
+        job: the run.
+        folder: where the float run goes.
+    """
+    start = job.settings.warm_start_run()
+    return [job] if start is None else [Job(start, folder), job._replace(start=folder)]
+
+
+def run(
+    jobs: Sequence[Job], execution: Execution, console: Console, finished: Callable[[Job], Any]
+) -> list[Failure]:
+    """Train what is not finished yet, one after the other.
+
+    Args:
+        jobs: the runs, each begun by `runs.begin`.
+        execution: how they are carried out.
+        console: told of every finished run.
+        finished: called after each.
+
+    Returns:
+        The runs that failed.
+
+    Raises:
+        StoppedError: if the process was asked to stop.
+    """
+    failures = []
+    current: tuple[TrainSettings, Trainer] | None = None
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        _Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+    ) as progress:
+        total = progress.add_task("all", total=len(jobs), unit="runs", images=0, note="")
+        progress.update(total, visible=len(jobs) > 1)
+        for job in jobs:
+            if not (job.folder / runs.RESULT).is_file():
+                shared = job.settings.without_seed()
+                try:
+                    if current is None or current[0] != shared:
+                        current = None  # Frees the memory of the last one first.
+                        current = shared, trainer(job.settings, execution)
+                    _run(job, current[1], progress)
+                except StoppedError:
+                    raise
+                except Exception as error:
+                    failures.append(Failure(job, error))
+                    if devices.is_first():
+                        (job.folder / runs.ERROR).write_text(f"{type(error).__name__}: {error}\n")
+            finished(job)
+            progress.advance(total)
+    return failures
+
+
+def _run(job: Job, trainer: Trainer, progress: Progress) -> None:
+    """Train once, with a bar."""
+    settings = job.settings
+    start = None
+    if job.start is not None:
+        start = job.start / runs.RELAXED
+        if not start.is_file():
+            raise RuntimeError("the float run that it begins at did not finish.")
+    task = progress.add_task(
+        title(settings), total=trainer.steps, unit="steps", images=settings.batch_size, note="compiling"
+    )
+    note = lambda row: progress.update(task, note=_note(row))
+    told = training.Progress(lambda step: progress.update(task, completed=step), note)
+    try:
+        row = trainer.run(settings.seed, job.folder, told, start=start)
+    finally:
+        progress.remove_task(task)
+    if devices.is_first():
+        (job.folder / runs.ERROR).unlink(missing_ok=True)
+        runs.write_json(job.folder / runs.RESULT, [row])
+    devices.wait(str(job.folder / runs.RESULT))
+    progress.console.print(f"{title(settings)}: {row['seconds']:,.0f} s", highlight=False)
+
+
+def _note(metrics: Mapping[str, Any]) -> str:
+    """What to say beside the bar of a run."""
+    hard = metrics["hard_accuracy"]
+    binary = "" if hard is None else f"  binary {hard:.1%}"
+    return f"loss {metrics['loss']:.3f}  validation {metrics['relaxed_accuracy']:.1%}{binary}"

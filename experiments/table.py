@@ -1,0 +1,115 @@
+"""The command `table`: methods on several image sets and networks, written from the folders of the runs."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from experiments import compare, devices, grid, plots, runs
+from experiments.config import METHODS, Execution, TableSettings
+
+MARKDOWN, CSV, PICTURE = "table.md", "table.csv", "table.png"
+_COLUMNS: tuple[str, ...] = (
+    "dataset", "model", "width", "precision", "epochs", "method", "seed", "hard_accuracy", "relaxed_accuracy",
+    "hard_accuracy_running_statistics", "relaxed_accuracy_running_statistics", "binary_share", "bytes_float",
+    "bytes_packed", "seconds",
+)  # fmt: skip
+
+
+def table(
+    settings: TableSettings, execution: Execution, folder: Path, console: Console
+) -> list[grid.Failure]:
+    """Train every run that is missing, write and print the table, and return the runs that failed.
+
+    Raises:
+        SettingsError: if the settings do not go together.
+    """
+    comparisons = settings.comparisons()
+    for comparison in comparisons:
+        grid.trainer(comparison.run(comparison.chosen()[0], 0), execution)
+    jobs = []
+    for comparison in comparisons:
+        place = folder / f"{comparison.dataset}-{comparison.model}"
+        runs.begin(place, "compare", comparison, resume=True)
+        jobs += compare.jobs_of(comparison, place, resume=True)
+    console.print(f"Folder:  {folder}", soft_wrap=True, highlight=False)
+    failures = grid.run(jobs, execution, console, lambda job: compare.collect(job.folder.parent))
+    if devices.is_first():
+        write(folder)
+        console.print(Markdown((folder / MARKDOWN).read_text()))
+        for name in (MARKDOWN, CSV, PICTURE):
+            if (folder / name).is_file():
+                console.print(f"Written: {folder / name}", soft_wrap=True, highlight=False)
+    return failures
+
+
+def write(folder: Path) -> None:
+    """Write the table of a folder, in Markdown, as CSV and as a picture, from its runs' folders alone."""
+    rows, failed = _read(folder)
+    (folder / CSV).write_text(_csv(rows))
+    (folder / MARKDOWN).write_text(_markdown(rows, failed))
+    if rows:
+        plots.accuracies(folder / PICTURE, _cells(rows))
+
+
+def _read(folder: Path) -> tuple[list[Mapping[str, Any]], dict[str, str]]:
+    """The results with their settings, and what the runs without a result say."""
+    rows, failed = [], {}
+    for place in sorted(path.parent for path in folder.glob(f"*/*/{runs.CONFIG}")):
+        if (place / runs.RESULT).is_file():
+            settings = runs.read_json(place / runs.CONFIG)
+            rows += [settings | row for row in runs.read_json(place / runs.RESULT)]
+        else:
+            error = place / runs.ERROR
+            said = error.read_text().strip() if error.is_file() else "not finished"
+            failed[place.relative_to(folder).as_posix()] = said
+    key = lambda row: (row["dataset"], row["model"], METHODS.index(row["method"]), row["seed"])
+    return sorted(rows, key=key), failed
+
+
+def _cells(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
+    """The rows by image set and network, and then by method."""
+    cells: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        column = cells.setdefault(f"{row['dataset']}, {row['model']}", {})
+        column.setdefault(row["method"], []).append(row)
+    return cells
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]], failed: Mapping[str, str]) -> str:
+    cells = _cells(rows)
+    lines = [
+        "Accuracy in % on the test images after the last epoch, of the binary network (of the float one for "
+        "`float`); mean and standard deviation, and in brackets the number of seeds.",
+        "",
+        f"| method | {' | '.join(cells)} |",
+        f"|---|{'--:|' * len(cells)}",
+    ]
+    for method in METHODS:
+        if any(method in column for column in cells.values()):
+            entries = [_entry(column.get(method, ())) for column in cells.values()]
+            lines.append(f"| {method} | {' | '.join(entries)} |")
+    if failed:
+        lines += ["", "Without a result:", ""]
+        lines += [f"* {name}: {said}" for name, said in failed.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _entry(group: Sequence[Mapping[str, Any]]) -> str:
+    """What the table says of a method on one image set and network."""
+    if not group:
+        return "-"
+    name = "relaxed_accuracy" if group[0]["hard_accuracy"] is None else "hard_accuracy"
+    return f"{compare.percent(group, name)} ({len(group)})"

@@ -1,0 +1,307 @@
+"""The networks against the literature, and the convolutions against plain ones."""
+
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+import stam_jax
+from experiments import convolutions, files, models
+from experiments.config import MODELS, ModelName
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+def dataset(channels: int) -> Any:
+    return SimpleNamespace(classes=10, mean=(120.0,) * channels, deviation=(60.0,) * channels)
+
+
+@functools.cache
+def abstract(name: ModelName, *, channels: int = 3, width: float = 0.125, **options: Any) -> Any:
+    """A network of shapes alone, in no time."""
+    key = jax.random.key(0)
+    return nnx.eval_shape(lambda: models.build(name, dataset(channels), width=width, key=key, **options))
+
+
+def parameters(name: ModelName, **options: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes by path."""
+    flat = nnx.to_flat_state(nnx.state(abstract(name, **options), nnx.Param))
+    return {"/".join(map(str, path)): variable.shape for path, variable in flat}
+
+
+def size(name: ModelName, **options: Any) -> int:
+    return sum(math.prod(shape) for shape in parameters(name, **options).values())
+
+
+def filled(name: ModelName, **options: Any) -> Any:
+    """A network with weights from NumPy, which need no compiling."""
+    graph, state = nnx.split(abstract(name, **options))
+    draws = np.random.default_rng(0)
+
+    def fill(path: Any, leaf: Any) -> jax.Array:
+        if "kernel" in jax.tree_util.keystr(path):
+            return jnp.asarray(
+                draws.normal(size=leaf.shape) * np.sqrt(2 / math.prod(leaf.shape[:-1])), leaf.dtype
+            )
+        return jnp.full(leaf.shape, "scale" in str(path) or "var" in str(path), leaf.dtype)
+
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, state))
+
+
+def pictures(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+# Convolutions, as (inputs, outputs, size); each has a batch norm of 2 * outputs, the head a bias.
+def total(convolutions: list[tuple[int, int, int]]) -> int:
+    features = convolutions[-1][1]
+    return sum(i * o * k * k + 2 * o for i, o, k in convolutions) + features * 10 + 10
+
+
+def plain(*channels: int) -> list[tuple[int, int, int]]:
+    return [(i, o, 3) for i, o in zip((3, *channels), channels, strict=False)]
+
+
+def residual(stages: tuple[int, ...], blocks: int, *, projections: bool) -> list[tuple[int, int, int]]:
+    between = list(itertools.pairwise(stages)) if projections else []
+    body = [channels for stage in stages for channels in [stage] * (2 * blocks)]
+    return [(i, o, 1) for i, o in between] + plain(stages[0], *body)
+
+
+VGG11 = plain(64, 128, *[256] * 2, *[512] * 4)
+VGG16 = plain(*[64] * 2, *[128] * 2, *[256] * 3, *[512] * 6)
+SIZES = [
+    ("vgg11", VGG11, "9.2M"),
+    ("vgg16", VGG16, "14.7M"),
+    ("resnet8", residual((16, 32, 64), 1, projections=True), "0.08M"),
+    ("resnet18", residual((64, 128, 256, 512), 2, projections=True), "11.2M"),
+    ("resnet20", residual((16, 32, 64), 3, projections=False), "0.27M"),
+    ("resnet56", residual((16, 32, 64), 9, projections=False), "0.85M"),
+]
+
+
+@pytest.mark.parametrize(("name", "layers", "published"), SIZES)
+def test_parameters_are_those_of_the_literature(name, layers, published):
+    digits = len(published.split(".")[1]) - 1
+    assert size(name, width=1.0) == total(layers)
+    assert f"{total(layers) / 1e6:.{digits}f}M" == published
+
+
+def test_resnet18_has_the_parameters_counted_elsewhere():
+    assert size("resnet18", width=1.0) == 11_173_962
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_width_is_a_factor_of_all_channels_but_the_images_and_the_logits(name):
+    half, whole = parameters(name, width=0.5), parameters(name, width=1.0)
+    assert half.keys() == whole.keys()
+    for path, shape in whole.items():
+        *window, inputs, outputs = shape if len(shape) > 1 else (1, *shape)
+        scaled = (*window, *(n if n in (1, 3, 10) else n // 2 for n in (inputs, outputs)))
+        assert half[path] == scaled[-len(shape) :], path
+
+
+def test_the_narrowest_network_has_a_channel():
+    assert parameters("resnet8", width=0.01)["blocks/2/second/conv/kernel"] == (3, 3, 1, 1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("shape", [(32, 32, 3), (28, 28, 1), (8, 8, 1)])
+def test_every_network_takes_every_image(name, shape):
+    logits = nnx.eval_shape(
+        lambda network, images: network(images, train=True),
+        abstract(name, channels=shape[-1]),
+        jax.ShapeDtypeStruct((2, *shape), jnp.uint8),
+    )
+    assert (logits.shape, logits.dtype) == ((2, 10), jnp.float32)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kernel_is_selected_and_nothing_else(name):
+    for row in stam_jax.select(nnx.state(abstract(name), nnx.Param)).rows:
+        assert row.quantized == row.path.endswith("kernel"), row
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_first_and_last_are_the_convolution_of_the_images_and_the_head(name):
+    rows = stam_jax.select(nnx.state(abstract(name), nnx.Param), exclude=("first", "last")).rows
+    kept = {row.path for row in rows if row.path.endswith("kernel") and not row.quantized}
+    assert kept == {"stages/0/0/conv/kernel" if name.startswith("vgg") else "stem/conv/kernel", "head/kernel"}
+
+
+def test_resnet8_keeps_the_names_of_its_files():
+    layers = ["stem", *[f"blocks/{i}/{part}" for i in range(3) for part in ("first", "second")]]
+    layers += ["blocks/1/shortcut", "blocks/2/shortcut"]
+    leaves = ("conv/kernel", "norm/scale", "norm/bias")
+    expected = {f"{layer}/{leaf}" for layer in layers for leaf in leaves} | {"head/kernel", "head/bias"}
+    assert set(parameters("resnet8")) == expected
+
+
+@pytest.mark.parametrize("name", ["vgg11", "resnet8"])
+def test_the_key_decides_the_initial_weights(name):
+    # One channel throughout: few shapes, each of which takes a compilation.
+    build = lambda seed: models.build(name, dataset(1), width=1 / 512, key=jax.random.key(seed))
+    first, again, other = (files.to_arrays(nnx.state(build(seed), nnx.Param)) for seed in (0, 0, 1))
+    for path, array in first.items():
+        np.testing.assert_array_equal(array, again[path])
+        assert np.array_equal(array, other[path]) != path.endswith("kernel")
+
+
+@nnx.jit
+def learn_then_tell(network: models.Network, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return network(images, train=True), network(images)
+
+
+def test_bfloat16_keeps_parameters_and_statistics_in_float32_and_the_logits_close():
+    whole, short = filled("resnet8"), filled("resnet8", precision="bfloat16")
+    images = pictures(64, 8, 8, 3)
+    for logits, expected in zip(learn_then_tell(short, images), learn_then_tell(whole, images), strict=True):
+        assert logits.dtype == jnp.float32
+        error = np.sqrt(np.mean(np.square(logits - expected))) / np.std(expected)
+        assert 0 < error < 0.05
+    expected = files.to_arrays(nnx.state(whole, (nnx.Param, nnx.BatchStat)))
+    for path, array in files.to_arrays(nnx.state(short, (nnx.Param, nnx.BatchStat))).items():
+        assert array.dtype == np.float32, path
+        np.testing.assert_allclose(array, expected[path], rtol=0.05, atol=0.02, err_msg=path)
+
+
+def test_bfloat16_is_that_of_every_product():
+    program = str(jax.make_jaxpr(filled("vgg11", precision="bfloat16"))(pictures(2, 32, 32, 3)))
+    products = re.findall(r":(\w+)\[[\d,]+\] = (?:dot_general|conv_general_dilated)\[", program)
+    assert products == 9 * ["bf16"]
+
+
+def test_images_are_standardised_before_they_are_rounded():
+    seen: list[jax.Array] = []
+
+    class Spy(models.Network):
+        def features(self, x: jax.Array, *, train: bool) -> jax.Array:
+            seen.append(x)
+            return x
+
+    images = pictures(4, 2, 2, 3)
+    Spy(3, dataset(3), dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))(images)
+    np.testing.assert_array_equal(seen[0], ((images - 120.0) / 60.0).astype(jnp.bfloat16))
+
+
+def test_a_shortcut_without_parameters_subsamples_and_fills_up_with_zeros():
+    x = normal(2, 5, 4, 3)
+    carried = models.ZeroPadding(3, 8, 2)(x, train=True)
+    assert carried.shape == (2, 3, 2, 8)
+    np.testing.assert_array_equal(carried[..., :3], x[:, ::2, ::2])
+    np.testing.assert_array_equal(carried[..., 3:], 0)
+
+
+def reference(x: jax.Array, kernel: Any, stride: int, pads: Sequence[tuple[int, int]]) -> np.ndarray:
+    padded = np.pad(np.asarray(x, np.float64), ((0, 0), *pads, (0, 0)))
+    kernel = np.asarray(kernel, np.float64)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel.shape[:2], axis=(1, 2))
+    return np.einsum("nhwcij,ijco->nhwo", windows[:, ::stride, ::stride], kernel)
+
+
+def value_and_gradients(
+    function: Callable[..., jax.Array], *arrays: jax.Array, along: jax.Array
+) -> list[jax.Array]:
+    def both(*arrays: jax.Array) -> list[jax.Array]:
+        value, pullback = jax.vjp(function, *arrays)
+        return [value, *pullback(along)]
+
+    return jax.jit(both)(*arrays)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+
+
+def is_plain(*shapes: tuple[int, ...], **options: Any) -> bool:
+    options = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": NHWC, **options}
+    call = lambda x, kernel: convolutions.conv_general_dilated(x, kernel, **options)
+    return "conv_general_dilated[" in str(jax.make_jaxpr(call)(*map(jnp.ones, shapes)))
+
+
+CONVOLUTIONS = [
+    ((1, 1), 3, 1, [(1, 1), (1, 1)]),
+    ((2, 2), 3, 1, [(1, 1), (1, 1)]),
+    ((2, 2), 3, 1, "SAME"),
+    ((1, 2), 3, 2, [(1, 1), (1, 1)]),
+    ((4, 3), 3, 2, [(1, 1), (1, 1)]),
+    ((4, 3), 3, 2, "SAME"),
+    ((4, 3), 3, 1, "VALID"),
+    ((4, 3), 1, 2, [(0, 0), (0, 0)]),
+    ((2, 2), 3, 1, [(2, 0), (0, 1)]),
+]
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(("sides", "size", "stride", "padding"), CONVOLUTIONS)
+def test_convolutions_into_few_pixels_are_those_of_lax_and_of_numpy(sides, size, stride, padding):
+    options: Any = {"window_strides": (stride, stride), "padding": padding, "dimension_numbers": NHWC}
+    x, kernel = normal(3, *sides, 5), normal(size, size, 5, 7, seed=1)
+    pads = (
+        lax.padtype_to_pads(sides, (size, size), (stride, stride), padding)
+        if isinstance(padding, str)
+        else padding
+    )
+    value = reference(x, kernel, stride, pads)
+    along = normal(*value.shape, seed=2)
+    ours, plain = (
+        value_and_gradients(functools.partial(convolve, **options), x, kernel, along=along)
+        for convolve in (convolutions.conv_general_dilated, lax.conv_general_dilated)
+    )
+    for actual, expected in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ours[0], value, rtol=1e-5, atol=1e-5)
+    # The convolution is linear in either argument: its gradients are known from its values.
+    u, v = normal(*x.shape, seed=3), normal(*kernel.shape, seed=4)
+    np.testing.assert_allclose(
+        np.vdot(ours[1], u), np.vdot(along, reference(u, kernel, stride, pads)), rtol=1e-4
+    )
+    np.testing.assert_allclose(np.vdot(ours[2], v), np.vdot(along, reference(x, v, stride, pads)), rtol=1e-4)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_only_ordinary_convolutions_of_few_outputs_take_the_other_way():
+    small, kernel = (2, 2, 2, 4), (3, 3, 4, 6)
+    assert not is_plain(small, kernel)
+    assert not is_plain((2, 4, 4, 4), kernel, window_strides=(2, 2))
+    assert is_plain((2, 3, 3, 4), kernel)
+    assert is_plain(small, (3, 3, 2, 6), feature_group_count=2)
+    assert is_plain(small, kernel, lhs_dilation=(1, 2), padding=((1, 1), (1, 1)))
+    assert is_plain(small, kernel, rhs_dilation=(2, 2))
+    assert is_plain(small, kernel, preferred_element_type=jnp.float32)
+    assert is_plain((2, 4, 2, 2), (6, 4, 3, 3), dimension_numbers=("NCHW", "OIHW", "NCHW"))
+    assert is_plain((2, 2, 4), (3, 4, 6), window_strides=(1,), dimension_numbers=("NHC", "HIO", "NHC"))
+
+
+def test_other_backends_take_the_plain_way(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert is_plain((2, 2, 2, 4), (3, 3, 4, 6))
+
+
+@pytest.mark.parametrize("sides", [(2, 2), (5, 4), (7, 7)])
+def test_pools_are_those_of_flax(sides):
+    # A permutation: no two pixels tie.
+    x = jnp.asarray(np.random.default_rng(0).permutation(2 * sides[0] * sides[1] * 3), jnp.float32)
+    x = x.reshape(2, *sides, 3)
+    along = normal(2, sides[0] // 2, sides[1] // 2, 3)
+    ours, plain = (
+        value_and_gradients(pool, x, along=along)
+        for pool in (convolutions.max_pool, lambda x: nnx.max_pool(x, (2, 2), (2, 2)))
+    )
+    for actual, expected in zip(ours, plain, strict=True):
+        np.testing.assert_array_equal(actual, expected)

@@ -60,7 +60,7 @@ class Checkpoints:
                 return None
             return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(like))
 
-    def finish(self) -> None:
-        """Remove what only served to go on."""
-        if self.keep_every is None and devices.is_first():
-            shutil.rmtree(self.folder, ignore_errors=True)
+
+def remove(folder: Path) -> None:
+    """Remove the checkpoints in a folder."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -27,6 +27,7 @@ from experiments.config import (
 
 RECIPES = Path(__file__).parent / "recipes"
 _TRAIN, _COMPARE, _TABLE = TrainSettings(), CompareSettings(), TableSettings()
+_AGAIN = "To go on, give the same command again; train and compare want the folder as --output, and --resume."
 _EXECUTION, _READING = Execution(), Reading()
 
 
@@ -200,8 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: training diverged. {error}", file=sys.stderr)
         return 1
     except StoppedError as error:
-        print(f"{error}; the state is saved: go on with --resume.", file=sys.stderr)
+        print(f"{error}; the state is saved. {_AGAIN}", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
-        print("interrupted: what was finished is in the run's folder; go on with --resume.", file=sys.stderr)
+        print(f"interrupted. {_AGAIN}", file=sys.stderr)
         return 130

@@ -77,13 +77,14 @@ def jobs_of(settings: CompareSettings, folder: Path, *, resume: bool) -> list[Jo
                 jobs.setdefault(job.folder, job)
     for job in jobs.values():
         runs.begin(job.folder, "train", job.settings, resume=resume)
-    return list(jobs.values())
+    # Float runs that others begin at come first, and all of one method follow each other.
+    return sorted(jobs.values(), key=lambda job: job.start is not None)
 
 
 def collect(folder: Path) -> list[Row]:
     """Write the results and the picture of a comparison from the folders of its runs; return the rows."""
     places = sorted(
-        (path.parent for path in folder.glob(f"*/{runs.RESULT}")),
+        (path.parent for path in folder.glob(f"*-seed*/{runs.RESULT}") if _is_run(path.parent)),
         key=lambda place: (METHODS.index(place.name.rpartition("-seed")[0]), _seed(place)),
     )
     rows = [row for place in places for row in runs.read_json(place / runs.RESULT)]
@@ -94,6 +95,11 @@ def collect(folder: Path) -> list[Row]:
         runs.write_json(folder / runs.RESULT, rows)
         plots.curves(folder / runs.CURVES, metrics)
     return rows
+
+
+def _is_run(place: Path) -> bool:
+    method, _, seed = place.name.rpartition("-seed")
+    return method in METHODS and seed.isdecimal()
 
 
 def _seed(place: Path) -> int:
@@ -180,7 +186,7 @@ def evaluate(folder: Path, reading: Reading, console: Console) -> list[Row]:
     """
     rows = []
     for place in runs.single_runs(folder):
-        if not (place / runs.PACKED).is_file():
+        if not (place / runs.PACKED).is_file() or not (place / runs.RESULT).is_file():
             continue
         settings = runs.read_settings(place / runs.CONFIG)
         trainer = grid.trainer(settings, Execution(data_dir=reading.data_dir))

@@ -1,6 +1,7 @@
 """The devices: one mesh over all of them, the processes that share it, and being asked to stop."""
 
 import contextlib
+import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -83,21 +84,28 @@ class Layout:
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[int], bool]]:
+def stop_requests() -> Iterator[Callable[[], bool]]:
     """While it is open, SIGTERM only asks for a stop; gives the question whether one was asked for.
 
-    The question is put with the number of steps taken; where several processes train together, all get the
-    same answer at the same step.
+    Where several processes train together, each has to put the question as often as the others, and all get
+    the same answer.
     """
-    if jax.process_count() > 1:
-        # JAX catches the signal in each process and chooses a step that all have yet to reach.
-        yield multihost_utils.reached_preemption_sync_point
-        return
     asked = threading.Event()
+    if jax.process_count() > 1:
+        questions = itertools.count()
+
+        def is_asked() -> bool:
+            # JAX catches the signal in each process and chooses a question that all have yet to put.
+            if multihost_utils.reached_preemption_sync_point(next(questions)):
+                asked.set()
+            return asked.is_set()
+
+        yield is_asked
+        return
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, lambda *_: asked.set()) if in_main_thread else None
     try:
-        yield lambda step: asked.is_set()
+        yield asked.is_set
     finally:
         if in_main_thread:
             signal.signal(signal.SIGTERM, before)

@@ -44,7 +44,14 @@ def from_arrays(arrays: dict[str, np.ndarray], like: Any) -> Any:
 
 def save_float(path: Path, arrays: dict[str, np.ndarray]) -> int:
     """Write arrays as they are; return the size of the file in bytes."""
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+    return _save(path, {name: np.ascontiguousarray(array) for name, array in arrays.items()})
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> int:
+    """Write a file, whole or not at all; return its size in bytes."""
+    part = path.with_name(path.name + ".part")
+    save_file(arrays, part)
+    part.replace(path)
     return path.stat().st_size
 
 
@@ -79,8 +86,7 @@ def save_packed(path: Path, arrays: dict[str, np.ndarray], leaves: dict[str, Qua
             packed[name + _SHAPE] = np.asarray(array.shape, np.int32)
         else:
             packed[name] = np.ascontiguousarray(array)
-    save_file(packed, path)
-    return path.stat().st_size
+    return _save(path, packed)
 
 
 def load_packed(path: Path) -> dict[str, np.ndarray]:

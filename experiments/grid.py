@@ -1,10 +1,13 @@
 """Several runs in a row: what is finished is left, what is unfinished goes on, what fails is told."""
 
 import functools
+import gc
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -16,8 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from experiments import data, devices, runs, training
-from experiments.config import Execution, StoppedError, TrainSettings
+from experiments import checkpoints, data, devices, runs, training
+from experiments.config import DatasetName, Execution, SettingsError, StoppedError, TrainSettings
 from experiments.training import Trainer
 
 
@@ -58,10 +61,13 @@ def title(settings: TrainSettings) -> str:
     return f"{settings.model} on {settings.dataset}, {settings.method}, seed {settings.seed}"
 
 
-@functools.lru_cache(maxsize=1)
-def dataset(settings_dataset: Any, data_dir: Path | None, streamed: bool) -> data.Dataset:
-    """An image set; the last one is kept, as runs on the same follow each other."""
-    return data.load(settings_dataset, data_dir, streamed=streamed)
+@functools.cache
+def dataset(name: DatasetName, data_dir: Path | None, streamed: bool) -> data.Dataset:
+    """An image set, loaded once."""
+    # Where it has to be prepared first, one process does it.
+    loaded = data.load(name, data_dir, streamed=streamed) if devices.is_first() else None
+    devices.wait(f"{name} is there")
+    return loaded or data.load(name, data_dir, streamed=streamed)
 
 
 def trainer(settings: TrainSettings, execution: Execution) -> Trainer:
@@ -70,6 +76,8 @@ def trainer(settings: TrainSettings, execution: Execution) -> Trainer:
     Raises:
         SettingsError: if the settings do not go together.
     """
+    if execution.workers and execution.loader != "stream":
+        raise SettingsError("--workers: only with --loader stream.")
     images = dataset(settings.dataset, execution.data_dir, execution.loader == "stream")
     return Trainer(settings, images, execution)
 
@@ -94,7 +102,7 @@ def run(
         jobs: the runs, each begun by `runs.begin`.
         execution: how they are carried out.
         console: told of every finished run.
-        finished: called after each.
+        finished: called after each that was trained.
 
     Returns:
         The runs that failed.
@@ -104,45 +112,58 @@ def run(
     """
     failures = []
     current: tuple[TrainSettings, Trainer] | None = None
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
-        _Rate(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        transient=True,
-    ) as progress:
+    with (
+        devices.stop_requests() as stop_requested,
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            _Rate(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+        ) as progress,
+    ):
         total = progress.add_task("all", total=len(jobs), unit="runs", images=0, note="")
         progress.update(total, visible=len(jobs) > 1)
-        for job in jobs:
-            if not (job.folder / runs.RESULT).is_file():
+        for done, job in enumerate(jobs):
+            if not _exists(job.folder / runs.RESULT):
+                if stop_requested():
+                    raise StoppedError(f"stopped after {done} of {len(jobs)} runs")
                 shared = job.settings.without_seed()
                 try:
                     if current is None or current[0] != shared:
-                        current = None  # Frees the memory of the last one first.
+                        current = None
+                        gc.collect()  # A trainer holds functions that hold it: this frees the devices.
                         current = shared, trainer(job.settings, execution)
-                    _run(job, current[1], progress)
+                    _run(job, current[1], progress, stop_requested)
                 except StoppedError:
                     raise
                 except Exception as error:
+                    if jax.process_count() > 1:
+                        raise  # The others may be waiting for this process.
+                    traceback.clear_frames(error.__traceback__)  # They hold arrays on the devices.
                     failures.append(Failure(job, error))
-                    if devices.is_first():
-                        (job.folder / runs.ERROR).write_text(f"{type(error).__name__}: {error}\n")
-            finished(job)
+                    (job.folder / runs.ERROR).write_text(f"{type(error).__name__}: {error}\n")
+                finished(job)
             progress.advance(total)
     return failures
 
 
-def _run(job: Job, trainer: Trainer, progress: Progress) -> None:
+def _exists(path: Path) -> bool:
+    """Whether there is a file, as the first process sees it."""
+    return devices.agreed(path.is_file())
+
+
+def _run(job: Job, trainer: Trainer, progress: Progress, stop_requested: Callable[[], bool]) -> None:
     """Train once, with a bar."""
     settings = job.settings
     start = None
     if job.start is not None:
         start = job.start / runs.RELAXED
-        if not start.is_file():
+        if not _exists(start) or not _exists(job.start / runs.RESULT):
             raise RuntimeError("the float run that it begins at did not finish.")
     task = progress.add_task(
         title(settings), total=trainer.steps, unit="steps", images=settings.batch_size, note="compiling"
@@ -150,12 +171,14 @@ def _run(job: Job, trainer: Trainer, progress: Progress) -> None:
     note = lambda row: progress.update(task, note=_note(row))
     told = training.Progress(lambda step: progress.update(task, completed=step), note)
     try:
-        row = trainer.run(settings.seed, job.folder, told, start=start)
+        row = trainer.run(settings.seed, job.folder, told, start=start, stop_requested=stop_requested)
     finally:
         progress.remove_task(task)
     if devices.is_first():
         (job.folder / runs.ERROR).unlink(missing_ok=True)
         runs.write_json(job.folder / runs.RESULT, [row])
+        if trainer.execution.checkpoint_every is None:
+            checkpoints.remove(job.folder / runs.CHECKPOINTS)  # They only served to go on.
     devices.wait(str(job.folder / runs.RESULT))
     progress.console.print(f"{title(settings)}: {row['seconds']:,.0f} s", highlight=False)
 

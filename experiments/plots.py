@@ -29,7 +29,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Metrics]]) -> None:
         for index, (method, seeds) in enumerate(runs.items()):
             colour = _COLOURS[index % len(_COLOURS)]
             dashes = "-" if index < len(_COLOURS) else "--"
-            for seed, metrics in enumerate(seeds):
+            for seed, metrics in enumerate(filter(None, seeds)):
                 label = method if seed == 0 else None
                 is_float = metrics[0]["hard_accuracy"] is None
                 style = {"color": colour, "alpha": 0.85, "linewidth": 1.4, "linestyle": dashes}

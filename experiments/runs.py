@@ -14,17 +14,17 @@ from typing import Any
 import jax
 
 from experiments import devices
-from experiments.config import Settings, SettingsError, TableSettings, TrainSettings
+from experiments.config import Settings, SettingsError, TrainSettings
 
 CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
 METRICS, CURVES = "metrics.jsonl", "curves.png"
 CHECKPOINTS, TENSORBOARD, ERROR = "checkpoints", "tensorboard", "error.txt"
 # What a comparison or a table may be given more of when it goes on.
-_MAY_GROW = ("methods", "seeds", "datasets", "models")
+_MAY_GROW = ("methods", "seeds")
 RELAXED, PACKED = "relaxed.safetensors", "packed.safetensors"
 
 
-def begin(folder: Path | None, command: str, settings: Settings | TableSettings, *, resume: bool) -> Path:
+def begin(folder: Path | None, command: str, settings: Settings, *, resume: bool) -> Path:
     """Make the folder of a run and write down what is run, and on what; or find it there to go on with.
 
     Args:
@@ -41,25 +41,34 @@ def begin(folder: Path | None, command: str, settings: Settings | TableSettings,
             raise SettingsError("--output: name the folder, for a run to go on or to be shared by processes.")
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         folder = Path("runs") / f"{now}-{command}"
+    refused = None
     if devices.is_first():
-        _begin(folder, settings, resume=resume)
-    devices.wait(str(folder))
+        try:
+            _begin(folder, settings, resume=resume)
+        except SettingsError as error:
+            refused = error
+    if devices.agreed(refused is not None):
+        raise refused or SettingsError(f"--output: the first process cannot use {folder}.")
     return folder
 
 
-def _begin(folder: Path, settings: Settings | TableSettings, *, resume: bool) -> None:
+def _begin(folder: Path, settings: Settings, *, resume: bool) -> None:
     surroundings = environment()  # Before the folder changes what git says.
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        empty = not any(folder.iterdir())
+        empty = all(path.suffix == ".part" for path in folder.iterdir())
     except OSError as error:
         raise SettingsError(f"--output: cannot use {folder}: {error.strerror}.") from error
     if not empty and not resume:
         raise SettingsError(
             f"--output: the folder {folder} is not empty; name a new one, or go on with it by --resume."
         )
+    given = settings.as_dict()
     if (folder / CONFIG).is_file():
-        stored, given = read_json(folder / CONFIG), settings.as_dict()
+        try:
+            stored = dict(read_json(folder / CONFIG))
+        except (ValueError, TypeError) as error:
+            raise SettingsError(f"--resume: cannot read {folder / CONFIG}: {error}") from error
         differing = [name for name in given if stored.get(name) != given[name] and name not in _MAY_GROW]
         if differing:
             name = differing[0]
@@ -69,8 +78,18 @@ def _begin(folder: Path, settings: Settings | TableSettings, *, resume: bool) ->
             )
     elif not empty:
         raise SettingsError(f"--resume: {folder} is not the folder of a run: it holds no {CONFIG}.")
-    write_json(folder / CONFIG, settings.as_dict())
-    write_json(folder / ENVIRONMENT, surroundings)
+        given |= {name: _grown(stored[name], given[name]) for name in _MAY_GROW if name in stored}
+    write_json(folder / CONFIG, given)
+    if not (folder / RESULT).is_file():  # What is finished was made where it was made.
+        write_json(folder / ENVIRONMENT, surroundings)
+
+
+def _grown(before: Any, now: Any) -> Any:
+    """All of what was asked for before and is now: the seeds, or the names of the methods."""
+    if isinstance(now, int):
+        return max(before, now)
+    names = list(dict.fromkeys([*before, *now]))
+    return ["all"] if "all" in names else names
 
 
 def environment() -> dict[str, Any]:
@@ -108,9 +127,14 @@ def _git(*arguments: str) -> str | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON for people to read; the file is there whole or not at all."""
+    """Write a value as JSON for people to read."""
+    _write(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file, which is then there whole or as it was before."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.write_text(text)
     part.replace(path)
 
 
@@ -148,7 +172,7 @@ class Recorder:
         if not self._writes:
             return
         rows = read_metrics(self._path) if self._path.is_file() else []
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["epoch"] <= keep))
+        _write(self._path, "".join(json.dumps(row) + "\n" for row in rows if row["epoch"] <= keep))
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -175,8 +199,8 @@ class Recorder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of metrics."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a file of metrics; but for a last one that was cut off while it was written."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def single_runs(folder: Path) -> Iterable[Path]:

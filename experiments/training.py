@@ -94,8 +94,8 @@ class Trainer:
             settings, self.selection, steps=self.steps, epoch=self.steps_per_epoch
         )
         self.layout = devices.Layout()
-        self.learn = jax.jit(self._learn, donate_argnums=0)
-        self.advance = jax.jit(self._advance, donate_argnums=0)
+        self.learn = jax.jit(self._learn, donate_argnums=0, out_shardings=self.layout.whole)
+        self.advance = jax.jit(self._advance, donate_argnums=0, out_shardings=self.layout.whole)
 
     def _network(self, key: jax.Array) -> nnx.Module:
         settings = self.settings
@@ -180,6 +180,7 @@ class Trainer:
         progress: Progress = _SILENT,
         *,
         start: Path | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any]:
         """Train from one seed; write metrics and weights; judge on the test images, once.
 
@@ -190,13 +191,14 @@ class Trainer:
             folder: where the files go.
             progress: told of every step and every measurement.
             start: a file of `files.save_float` with the weights to begin at; random ones by default.
+            stop_requested: asked after every step whether to stop there.
 
         Returns:
             The row of results.
 
         Raises:
             DivergedError: if the loss of an epoch is not a finite number.
-            StoppedError: if the process was asked to stop; the state is saved.
+            StoppedError: if it was asked to stop before the last step; the state is saved.
         """
         began = time.perf_counter()
         init_key, key = jax.random.split(jax.random.key(seed))
@@ -216,12 +218,11 @@ class Trainer:
         started, first = divmod(step, self.steps_per_epoch)
         with (
             runs.Recorder(folder, keep=started, tensorboard=self.execution.tensorboard) as recorder,
-            devices.stop_requests() as stop_requested,
             self._feed(order_of, step) as take_step,
         ):
             progress.step(step)
             for epoch in range(started, self.settings.epochs):
-                order, step_key = order_of(epoch), keys_of(epoch)[1]
+                order, step_key = self.layout.everywhere((order_of(epoch), keys_of(epoch)[1]))
                 under_way: collections.deque[jax.Array] = collections.deque()
                 for _ in range(first, self.steps_per_epoch):
                     state, loss = take_step(state, step_key, order)
@@ -233,7 +234,7 @@ class Trainer:
                     epoch_ends = step % self.steps_per_epoch == 0
                     if epoch_ends:
                         signs = self._measure(epoch + 1, state, signs, seconds, recorder, progress)
-                    stop = stop_requested(step)
+                    stop = stop_requested()
                     if stop or checkpoints.is_due(step, epoch_ends=epoch_ends):
                         saved = {"state": state, "signs": signs, "seconds": np.asarray(seconds())}
                         checkpoints.save(step, saved)
@@ -243,9 +244,7 @@ class Trainer:
                         )
                 first = 0
         row = self._judge(state, folder)
-        row |= {"seed": seed, "seconds": seconds()}
-        checkpoints.finish()
-        return row
+        return row | {"seed": seed, "seconds": seconds()}
 
     def _measure(
         self,
@@ -274,7 +273,7 @@ class Trainer:
             "epoch": epoch,
             "step": epoch * self.steps_per_epoch,
             "loss": loss,
-            **self._accuracies(state, leaves, self.dataset.validation),
+            **self._accuracies(state.stats, self._networks(state), self.dataset.validation),
             "quantisation_gap": (
                 float(stam_jax.quantisation_gap(state.opt_state, state.params)) if leaves else None
             ),
@@ -315,54 +314,54 @@ class Trainer:
         count = max(min(self.settings.calibration_images, self.dataset.train.size), size)
         return self.dataset.train.at(np.arange(count)).images
 
-    def _accuracies(
-        self, state: State, leaves: dict[str, stam_jax.QuantizedLeaf], split: Split
-    ) -> dict[str, float | None]:
-        """Accuracy of the relaxed (or float) network and of the binary one.
+    def _networks(self, state: State) -> dict[str, tuple[Any, Any]]:
+        """The weights of the relaxed (or float) network and of the binary one.
 
-        Each with batch-norm statistics estimated anew for its weights, which treats all alike, and with those
-        that ran along in training.
+        Each has batch-norm statistics estimated anew for its weights, which treats all alike.
         """
         networks = {"relaxed": state.params}
-        if leaves:
+        if self.settings.method != "float":
             networks["hard"] = stam_jax.hard_params(state.opt_state, state.params)
+        return {name: (params, self._calibrated(params, state.stats)) for name, params in networks.items()}
+
+    def _accuracies(
+        self, running: Any, networks: dict[str, tuple[Any, Any]], split: Split
+    ) -> dict[str, float | None]:
+        """Accuracy of each network, with its own statistics and with those that ran along in training."""
         measured: dict[str, float | None] = {}
         for name in ("relaxed", "hard"):
-            for title, calibrate in (("accuracy", True), ("accuracy_running_statistics", False)):
+            for title, use_own in (("accuracy", True), ("accuracy_running_statistics", False)):
                 accuracy = None
                 if name in networks:
-                    params = networks[name]
-                    stats = self._calibrated(params, state.stats) if calibrate else state.stats
+                    params, own = networks[name]
+                    stats = own if use_own else running
                     accuracy = evaluation.accuracy(self.graph, params, stats, split, self.layout)
                 measured[f"{name}_{title}"] = accuracy
         return measured
 
     def _judge(self, state: State, folder: Path) -> dict[str, Any]:
         """Measure on the test images; write the weights; see that the file holds the network measured."""
-        leaves = self._leaves(state)
-        relaxed = {**files.to_arrays(state.params), **files.to_arrays(state.stats)}
+        leaves, networks = self._leaves(state), self._networks(state)
         row = {
             "method": self.settings.method,
-            **self._accuracies(state, leaves, self.dataset.test),
-            "binary_share": 0.0,
+            **self._accuracies(state.stats, networks, self.dataset.test),
+            "binary_share": sum(leaf.hard.size for leaf in leaves.values())
+            / sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             "bytes_float": None,
             "bytes_packed": None,
         }
-        if devices.is_first():
-            row["bytes_float"] = files.save_float(folder / runs.RELAXED, relaxed)
+        if not devices.is_first():
+            return row
+        relaxed = {**files.to_arrays(state.params), **files.to_arrays(state.stats)}
+        row["bytes_float"] = files.save_float(folder / runs.RELAXED, relaxed)
         if leaves:
-            hard = stam_jax.hard_params(state.opt_state, state.params)
-            stats = self._calibrated(hard, state.stats)
             path = folder / runs.PACKED
-            if devices.is_first():
-                arrays = {**files.to_arrays(hard), **files.to_arrays(stats)}
-                row["bytes_packed"] = files.save_packed(path, arrays, leaves)
-            devices.wait("packed")
-            weights = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-            row["binary_share"] = sum(files.binary_weights(path).values()) / weights
-            if self.judge_file(path) != row["hard_accuracy"]:
+            params, stats = networks["hard"]
+            arrays = {**files.to_arrays(params), **files.to_arrays(stats)}
+            row["bytes_packed"] = files.save_packed(path, arrays, leaves)
+            stored = files.load_packed(path)
+            if not all(np.array_equal(stored[name], array) for name, array in arrays.items()):
                 raise AssertionError(f"{path} does not hold the network that was measured.")
-        devices.wait("judged")
         return row
 
     def judge_file(self, packed: Path) -> float:

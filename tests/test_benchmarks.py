@@ -1,0 +1,75 @@
+"""The benchmark of training, end to end at its smallest; nothing is asked of how long anything takes."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import training
+
+TINY = ("--models", "resnet8", "--width", "0.125", "--batch-sizes", "16", "--rounds", "1", "--steps", "2")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> dict[str, Any]:
+    """The rows of a tiny benchmark, by method."""
+    path: Path = tmp_path_factory.mktemp("benchmark") / "rows.json"
+    assert training.main([*TINY, "--methods", "float", "stam", "--scan", "--output", str(path)]) == 0
+    return {row["method"]: row for row in json.loads(path.read_text())}
+
+
+def test_a_row_per_method_tells_what_was_measured(measured):
+    assert list(measured) == ["float", "stam"]
+    for row in measured.values():
+        said = (row["model"], row["width"], row["precision"], row["batch_size"], row["rounds"], row["steps"])
+        assert said == ("resnet8", 0.125, "float32", 16, 1, 2)
+        assert "random" in row["images"]
+        assert all(row[name] for name in ("device_kind", "platform", "devices", "jax"))
+
+
+def test_numbers_are_finite_and_within_what_is_possible(measured):
+    for row in measured.values():
+        assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
+        for name in ("seconds_per_step", "images_per_second", "flops_per_step", "memory_bytes"):
+            assert row[name] > 0
+        # Utilisation is of a peak that was measured, on a machine that may be busy.
+        assert 0 < row["utilisation"] < 2
+        assert 0 < row["optimizer_share"] < 1.5
+        # The step reads and writes float32 weights and their momentum at least.
+        assert row["memory_bytes"] > 2 * 4 * row["parameters"]
+        assert row["ratio_to_float_least"] <= row["ratio_to_float"] <= row["ratio_to_float_most"]
+    assert measured["stam"]["memory_bytes"] > measured["float"]["memory_bytes"]
+    assert measured["stam"]["parameters"] == measured["float"]["parameters"]
+
+
+def test_flops_are_those_of_the_convolutions_and_little_else(measured):
+    # Multiplications and additions of a forward pass per image, by hand: outputs x taps x channels in x out.
+    forward = 2 * (
+        32**2 * 9 * (3 * 2 + 2 * 2 * 2)
+        + 16**2 * (9 * (2 * 4 + 4 * 4) + 2 * 4)
+        + 8**2 * (9 * (4 * 8 + 8 * 8) + 4 * 8)
+    )
+    for row in measured.values():
+        # Twice as much again goes backward; at this width the rest of the step is about as much as all that.
+        assert 2 < row["flops_per_step"] / 16 / forward < 6
+
+
+def test_float_is_what_the_others_are_compared_with(measured):
+    assert measured["float"]["ratio_to_float"] == 1
+    assert measured["stam"]["ratio_to_float"] > 0
+
+
+def test_scanned_steps_are_timed_once_per_network(measured):
+    assert measured["float"]["scanned_to_single"] > 0
+    assert "scanned_to_single" not in measured["stam"]
+
+
+@pytest.mark.parametrize("wrong", [("--rounds", "0"), ("--methods", "none"), ("--width", "0")])
+def test_a_wrong_setting_is_told_in_one_line(wrong, capsys):
+    assert training.main([*TINY, *wrong]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert wrong[0] in printed.err
+    assert not printed.out

@@ -1,0 +1,106 @@
+"""The command line on several devices, in several processes, and under the signals of a cluster."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+TINY = ("train", "--width", "0.125", "--batch-size", "128")
+
+
+def start(folder: Path, *arguments: str, **surroundings: str) -> subprocess.Popen[str]:
+    """`python -m experiments` in the background."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments", *TINY, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **surroundings},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(*processes: subprocess.Popen[str], code: int = 0) -> list[tuple[str, str]]:
+    """What each has printed, once all have ended with that exit code."""
+    said = [process.communicate(timeout=500) for process in processes]
+    assert [process.returncode for process in processes] == [code] * len(processes), said
+    return said
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> Path:
+    """The folder of a run on one device."""
+    folder = tmp_path_factory.mktemp("single")
+    finish(start(folder, "--epochs", "2", "--output", "run"))
+    return folder / "run"
+
+
+def test_eight_devices_follow_the_loss_curve_of_one(single, tmp_path):
+    finish(start(tmp_path, "--epochs", "2", "--output", "run", JAX_NUM_CPU_DEVICES="8"))
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(single), rtol=1e-5)
+
+
+@pytest.mark.parametrize("loader", ["memory", "stream"])
+def test_two_processes_follow_the_loss_curve_of_one(single, tmp_path, loader):
+    with socket.create_server(("localhost", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+    together = ("--epochs", "2", "--output", "run", "--loader", loader)
+    together += ("--coordinator", address, "--processes", "2")
+    said = finish(*(start(tmp_path, *together, "--process", str(i)) for i in (0, 1)))
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(single), rtol=1e-5)
+    # Only the first of them talks and writes.
+    assert ["Results:" in out for out, _ in said] == [True, False]
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def comes(path: Path, process: subprocess.Popen[str]) -> bool:
+    """Whether there is something at a path before the process ends."""
+    while process.poll() is None:
+        if path.exists() and (path.is_dir() or path.stat().st_size):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)], ids=["SIGTERM", "SIGKILL"]
+)
+def test_a_killed_run_goes_on_and_ends_like_the_whole_one(tmp_path, kind, code):
+    long = ("--epochs", "40", "--checkpoint-every", "5", "--resume")
+    finish(start(tmp_path, *long, "--output", "whole"))
+    cut = start(tmp_path, *long, "--output", "cut")
+    assert comes(tmp_path / "cut" / "checkpoints" / "45", cut), cut.communicate()
+    cut.send_signal(kind)
+    ((_, said),) = finish(cut, code=code)
+    assert ("To go on, give the same command again" in said) == (kind == signal.SIGTERM)
+    assert not (tmp_path / "cut" / "result.json").exists()
+    finish(start(tmp_path, *long, "--output", "cut"))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    whole, resumed = (load_file(tmp_path / name / "packed.safetensors") for name in ("whole", "cut"))
+    assert {k: v.tobytes() for k, v in whole.items()} == {k: v.tobytes() for k, v in resumed.items()}
+
+
+def test_two_processes_that_are_asked_to_stop_stop_together(single, tmp_path):
+    with socket.create_server(("localhost", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+    together = ("--epochs", "200", "--output", "run", "--coordinator", address, "--processes", "2")
+    both = [start(tmp_path, *together, "--process", str(i)) for i in (0, 1)]
+    assert comes(tmp_path / "run" / "metrics.jsonl", both[0])
+    both[1].send_signal(signal.SIGTERM)
+    ((_, said), _) = finish(*both, code=143)
+    assert "To go on, give the same command again" in said
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1

@@ -1,0 +1,272 @@
+"""Training stops and goes on, on any number of devices and from any loader, as if nothing had happened."""
+
+import dataclasses
+import json
+import os
+import signal
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file
+
+from experiments import data, devices, files, optimizers, runs
+from experiments.cli import RECIPES, main
+from experiments.config import Execution, SettingsError, StoppedError, TrainSettings
+from experiments.training import Progress, Trainer
+
+TINY = TrainSettings(width=0.125, epochs=3, batch_size=128)
+QUICK = ("--width", "0.125", "--epochs", "1", "--batch-size", "1024")
+STEPS = 9  # An epoch of the 1,197 digits.
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    return Trainer(TINY, data.load("digits"))
+
+
+@pytest.fixture(scope="module")
+def whole(trainer, tmp_path_factory) -> Path:
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer.run(0, folder)
+    return folder
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The metrics of a run, but for how long it took."""
+    return [row | {"seconds": None} for row in runs.read_metrics(folder / runs.METRICS)]
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Every bit of a run's network."""
+    return {name: array.tobytes() for name, array in load_file(folder / runs.RELAXED).items()}
+
+
+def run_until(trainer: Trainer, folder: Path, stop: int) -> None:
+    """A run that gets SIGTERM at a step."""
+    progress = Progress(step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == stop else None)
+    with devices.stop_requests() as stop_requested:
+        trainer.run(0, folder, progress, stop_requested=stop_requested)
+
+
+@pytest.mark.parametrize("stops", [[STEPS], [2, 2 * STEPS + 1], [STEPS + 4]], ids=str)
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(trainer, whole, tmp_path, stops):
+    for step in stops:
+        with pytest.raises(StoppedError, match=f"after {step} of {3 * STEPS} steps"):
+            run_until(trainer, tmp_path, step)
+    trainer.run(0, tmp_path)
+    assert weights(tmp_path) == weights(whole)
+    assert metrics(tmp_path) == metrics(whole)
+
+
+def test_a_run_goes_on_from_its_last_kept_state_when_it_was_cut_off(trainer, whole, tmp_path):
+    class PowerCutError(Exception):
+        """No time to save."""
+
+    def cut(step: int) -> None:
+        if step == STEPS + 4:
+            raise PowerCutError
+
+    keeping = Trainer(TINY, trainer.dataset, Execution(checkpoint_every=1))
+    with pytest.raises(PowerCutError):
+        keeping.run(0, tmp_path, Progress(step=cut))
+    seen = []
+    keeping.run(0, tmp_path, Progress(step=seen.append))
+    assert seen[0] == STEPS
+    assert weights(tmp_path) == weights(whole)
+    assert metrics(tmp_path) == metrics(whole)
+    kept = {int(path.name) for path in (tmp_path / runs.CHECKPOINTS).iterdir()}
+    assert kept == {STEPS, 2 * STEPS, 3 * STEPS}
+
+
+def test_a_finished_run_leaves_no_checkpoint_that_nobody_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.checkpoints._SECONDS", -1)  # Saves after every step.
+    assert main(["train", *QUICK, "--output", str(tmp_path / "run")]) == 0
+    assert not (tmp_path / "run" / runs.CHECKPOINTS).exists()
+    assert (tmp_path / "run" / runs.RESULT).is_file()
+
+
+def test_a_line_of_metrics_that_was_cut_off_is_written_anew(trainer, whole, tmp_path):
+    with pytest.raises(StoppedError):
+        run_until(trainer, tmp_path, STEPS + 1)
+    with (tmp_path / runs.METRICS).open("a") as file:
+        file.write('{"epoch": 2, "lo')
+    trainer.run(0, tmp_path)
+    assert metrics(tmp_path) == metrics(whole)
+
+
+def test_a_signal_after_the_run_means_what_it_meant_before(trainer, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedError):
+        run_until(trainer, tmp_path, 1)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_at_the_last_step_stops_before_the_next_run(tmp_path, monkeypatch, capsys):
+    run = Trainer.run
+
+    def then_stop(self, *rest, **options):
+        row = run(self, *rest, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return row
+
+    monkeypatch.setattr(Trainer, "run", then_stop)
+    arguments = [
+        "compare",
+        "--methods",
+        "float",
+        "stam",
+        "--width",
+        "0.125",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "1024",
+        "--output",
+    ]
+    assert main([*arguments, str(tmp_path / "run")]) == 143
+    assert "stopped after 1 of 2 runs" in capsys.readouterr().err
+    assert (tmp_path / "run" / "float-seed0" / runs.RESULT).is_file()
+
+
+def test_streamed_images_train_the_same_network(trainer, whole, tmp_path):
+    streaming = Trainer(TINY, trainer.dataset, Execution(loader="stream"))
+    with pytest.raises(StoppedError):
+        run_until(streaming, tmp_path, STEPS + 2)
+    streaming.run(0, tmp_path)
+    for mine, other in zip(metrics(tmp_path), metrics(whole), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_measuring_seldom_changes_nothing_but_what_is_measured(trainer, whole, tmp_path):
+    seldom = Trainer(dataclasses.replace(TINY, measure_every=2), trainer.dataset)
+    seldom.run(0, tmp_path)
+    assert weights(tmp_path) == weights(whole)
+    assert [row["epoch"] for row in metrics(tmp_path)] == [2, 3]
+
+
+def test_a_warm_start_begins_at_the_weights_of_a_run(trainer, whole):
+    import jax
+
+    state = trainer.initial_state(jax.random.key(5), whole / runs.RELAXED)
+    begun = {**files.to_arrays(state.params), **files.to_arrays(state.stats)}
+    assert {name: array.tobytes() for name, array in begun.items()} == weights(whole)
+
+
+def test_train_runs_the_float_network_of_a_warm_start_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--warm-start", *QUICK, "--output", "warm"]) == 0
+    config = json.loads(Path("warm/float/config.json").read_text())
+    assert config["method"] == "float"
+    assert json.loads(Path("warm/result.json").read_text())[0]["method"] == "stam"
+
+
+def test_metrics_go_to_tensorboard_on_request(trainer, tmp_path):
+    watched = Trainer(dataclasses.replace(TINY, epochs=1), trainer.dataset, Execution(tensorboard=True))
+    watched.run(0, tmp_path)
+    (file,) = (tmp_path / runs.TENSORBOARD).iterdir()
+    assert b"hard_accuracy" in file.read_bytes()
+
+
+def test_the_step_size_falls_tenfold_after_each_of_some_epochs():
+    settings = TrainSettings(
+        method="float", epochs=10, decay_epochs=(4, 8), learning_rate=0.5, momentum=0.0, weight_decay=0.0
+    )
+    params = {"kernel": np.ones((2, 2), np.float32)}
+    optimizer = optimizers.build(settings, optimizers.choose(params, settings), steps=30, epoch=3)
+    state, taken = optimizer.init(params), []
+    for _ in range(30):
+        updates, state = optimizer.update({"kernel": np.ones((2, 2), np.float32)}, state, params)
+        taken.append(-float(updates["kernel"][0, 0]))
+    np.testing.assert_allclose(taken, [0.5] * 12 + [0.05] * 12 + [0.005] * 6, rtol=1e-6)
+
+
+def test_plain_momentum_is_that_of_optax_sgd():
+    settings = TrainSettings(method="float", nesterov=False, weight_decay=0.0, epochs=1)
+    params = {"kernel": np.ones((2, 2), np.float32)}
+    mine = optimizers.build(settings, optimizers.choose(params, settings), steps=5, epoch=5)
+    theirs = optax.sgd(optax.cosine_decay_schedule(0.1, 5), momentum=0.9)
+    states = [mine.init(params), theirs.init(params)]
+    for i in range(5):
+        gradient = {"kernel": np.full((2, 2), 1.0 + i, np.float32)}
+        steps: list[Any] = [
+            optimizer.update(gradient, state, params)
+            for optimizer, state in zip((mine, theirs), states, strict=True)
+        ]
+        (a, states[0]), (b, states[1]) = steps
+        np.testing.assert_allclose(a["kernel"], b["kernel"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_says_what_it_is_and_runs(path, tmp_path, monkeypatch):
+    text = path.read_text()
+    assert "Expected score: " in text
+    assert f"python -m experiments train --recipe {path.stem} " in text
+    values = tomllib.loads(text)
+    monkeypatch.chdir(tmp_path)
+    given = []
+    monkeypatch.setattr(
+        "experiments.compare.train", lambda settings, *rest, **options: given.append(settings)
+    )
+    assert main(["train", "--recipe", path.stem, "--model", "vgg11"]) == 0
+    (settings,) = given
+    assert settings.model == "vgg11"
+    assert {name: settings.as_dict()[name] for name in values} == values
+
+
+def test_options_win_over_the_recipe(monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        "experiments.compare.train", lambda settings, *rest, **options: given.append(settings)
+    )
+    assert main(["train", "--recipe", "parq", "--epochs", "7"]) == 0
+    assert (given[0].epochs, given[0].batch_size) == (7, 128)
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(trainer, monkeypatch):
+    monkeypatch.setattr("jax.device_count", lambda: 3)
+    with pytest.raises(SettingsError, match="--batch-size: 128 images cannot be shared evenly by 3 devices"):
+        Trainer(TINY, trainer.dataset)
+
+
+def test_what_is_finished_stays_as_it_was_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "compare",
+        "--methods",
+        "float",
+        "--width",
+        "0.125",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "1024",
+        "--output",
+        "run",
+    ]
+    assert main(arguments) == 0
+    before = Path("run/float-seed0/environment.json").read_text()
+    Path("run/float-seed0-old").mkdir()  # Of no concern.
+    Path("run/float-seed0-old/result.json").write_text("[]")
+    monkeypatch.setattr("sys.argv", ["experiments", "another", "command"])
+    assert main([*arguments, "--resume"]) == 0
+    assert Path("run/float-seed0/environment.json").read_text() == before
+
+
+def test_resuming_with_other_settings_says_which(whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    runs.write_json(Path("run/config.json"), TINY.as_dict())
+    assert main(["train", "--resume", "--output", "run", "--width", "0.125", "--batch-size", "128"]) == 2
+    assert "epochs was 3, and is 40 now" in capsys.readouterr().err
+    Path("run/config.json").write_text("")
+    assert main(["train", "--resume", "--output", "run"]) == 2
+    assert "cannot read run/config.json" in capsys.readouterr().err
+    Path("other").mkdir()
+    Path("other/note.txt").write_text("not a run")
+    assert main(["train", "--resume", "--output", "other"]) == 2
+    assert "is not the folder of a run" in capsys.readouterr().err

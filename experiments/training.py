@@ -222,7 +222,7 @@ class Trainer:
         ):
             progress.step(step)
             for epoch in range(started, self.settings.epochs):
-                order, step_key = self.layout.everywhere((order_of(epoch), keys_of(epoch)[1]))
+                order, step_key = self.layout.everywhere(order_of(epoch)), keys_of(epoch)[1]
                 under_way: collections.deque[jax.Array] = collections.deque()
                 for _ in range(first, self.steps_per_epoch):
                     state, loss = take_step(state, step_key, order)

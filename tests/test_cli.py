@@ -25,7 +25,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
             "PATH": "/usr/bin:/bin",
             "JAX_PLATFORMS": "cpu",
             "HOME": str(folder),
-            "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
+            **{name: value for name, value in os.environ.items() if name.startswith("JAX_")},
         },
         capture_output=True,
         text=True,

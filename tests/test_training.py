@@ -115,19 +115,7 @@ def test_a_signal_at_the_last_step_stops_before_the_next_run(tmp_path, monkeypat
         return row
 
     monkeypatch.setattr(Trainer, "run", then_stop)
-    arguments = [
-        "compare",
-        "--methods",
-        "float",
-        "stam",
-        "--width",
-        "0.125",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "1024",
-        "--output",
-    ]
+    arguments = ["compare", "--methods", "float", "stam", *QUICK, "--output"]
     assert main([*arguments, str(tmp_path / "run")]) == 143
     assert "stopped after 1 of 2 runs" in capsys.readouterr().err
     assert (tmp_path / "run" / "float-seed0" / runs.RESULT).is_file()
@@ -235,19 +223,7 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(trainer, monkeypatch):
 
 def test_what_is_finished_stays_as_it_was_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = [
-        "compare",
-        "--methods",
-        "float",
-        "--width",
-        "0.125",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "1024",
-        "--output",
-        "run",
-    ]
+    arguments = ["compare", "--methods", "float", *QUICK, "--output", "run"]
     assert main(arguments) == 0
     before = Path("run/float-seed0/environment.json").read_text()
     Path("run/float-seed0-old").mkdir()  # Of no concern.

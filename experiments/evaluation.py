@@ -22,13 +22,23 @@ def _correct(graph: Any, params: Any, stats: Any, split: Split, sharding: Any) -
     return jnp.sum(jnp.argmax(network(images), axis=-1) == labels)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "sharding"))
-def _batch_statistics(graph: Any, params: Any, stats: Any, images: jax.Array, sharding: Any) -> Any:
+@functools.partial(jax.jit, static_argnames=("graph", "share", "sharding"))
+def _add_statistics(
+    total: Any, graph: Any, params: Any, stats: Any, images: jax.Array, share: float, sharding: Any
+) -> Any:
+    """A running sum of statistics, and that share of those of a batch."""
     network = nnx.merge(graph, params, stats, copy=True)
     # Without memory, the running statistics are those of the batch.
     network.set_attributes(nnx.BatchNorm, momentum=0.0)
     network(jax.lax.with_sharding_constraint(images, sharding), train=True)
-    return nnx.state(network, nnx.BatchStat)
+    new = nnx.state(network, nnx.BatchStat)
+    return jax.tree.map(lambda total, new: total + share * new, total, new)
+
+
+@functools.partial(jax.jit, static_argnames="quantizers")
+def _contained(hard: list[jax.Array], quantizers: tuple[stam_jax.Quantizer, ...]) -> list[jax.Array]:
+    """Whether each array holds what its quantiser promises."""
+    return [quantizer.contains(y) for quantizer, y in zip(quantizers, hard, strict=True)]
 
 
 def accuracy(graph: Any, params: Any, stats: Any, split: Split, layout: Layout) -> float:
@@ -65,11 +75,10 @@ def batch_statistics(
         Statistics like `stats`.
     """
     count = len(images) // batch_size
-    batches = [
-        _batch_statistics(graph, params, stats, images[i * batch_size : (i + 1) * batch_size], layout.split)
-        for i in range(count)
-    ]
-    return jax.tree.map(lambda *values: sum(values) / count, *batches)
+    total = layout.everywhere(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stats))
+    for batch in np.split(images[: count * batch_size], count):
+        total = _add_statistics(total, graph, params, stats, batch, 1 / count, layout.split)
+    return total
 
 
 def checked_leaves(opt_state: Any, params: Any) -> dict[str, stam_jax.QuantizedLeaf]:
@@ -79,7 +88,11 @@ def checked_leaves(opt_state: Any, params: Any) -> dict[str, stam_jax.QuantizedL
         AssertionError: if one does not.
     """
     leaves = stam_jax.quantized_leaves(opt_state, params)
-    for name, leaf in leaves.items():
-        if not leaf.quantizer.contains(leaf.hard):
+    # Not in the program that makes them: what is checked are the numbers that it put out.
+    contained = _contained(
+        [leaf.hard for leaf in leaves.values()], tuple(leaf.quantizer for leaf in leaves.values())
+    )
+    for (name, leaf), holds in zip(leaves.items(), contained, strict=True):
+        if not holds:
             raise AssertionError(f"{name} is not binary: {np.unique(np.asarray(leaf.hard))[:5]}...")
     return leaves

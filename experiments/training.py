@@ -54,6 +54,12 @@ class Progress(NamedTuple):
     metrics: Callable[[dict[str, Any]], None] = lambda metrics: None
 
 
+@jax.jit
+def _signs(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The signs of some weights, a byte each."""
+    return jax.tree.map(lambda y: jnp.where(y >= 0, jnp.int8(1), jnp.int8(-1)), weights)
+
+
 _EXECUTION, _SILENT = Execution(), Progress()
 
 
@@ -86,14 +92,16 @@ class Trainer:
         self.steps_per_epoch = dataset.train.size // settings.batch_size
         self.steps = self.steps_per_epoch * settings.epochs
         # Neither the graph nor what is selected depends on the values of the weights.
-        self.graph, params, _ = nnx.split(
+        self.graph, self._params, self._stats = nnx.split(
             nnx.eval_shape(lambda: self._network(jax.random.key(0))), nnx.Param, nnx.BatchStat
         )
-        self.selection = optimizers.choose(params, settings)
+        self.selection = optimizers.choose(self._params, settings)
         self.optimizer = optimizers.build(
             settings, self.selection, steps=self.steps, epoch=self.steps_per_epoch
         )
         self.layout = devices.Layout()
+        self._draw = jax.jit(self._drawn, out_shardings=self.layout.whole)
+        self._begin = jax.jit(self._begun, out_shardings=self.layout.whole)
         self.learn = jax.jit(self._learn, donate_argnums=0, out_shardings=self.layout.whole)
         self.advance = jax.jit(self._advance, donate_argnums=0, out_shardings=self.layout.whole)
 
@@ -110,12 +118,26 @@ class Trainer:
             key: random key of the weights.
             start: a file of `files.save_float` with the weights and statistics to begin at, if not random.
         """
+        if start is None:
+            return self._begin(*self._draw(key))
+        return self._begin(*self._read(files.load_float(start)))
+
+    def _drawn(self, key: jax.Array) -> tuple[Any, Any]:
+        """Random weights, and statistics."""
         _, params, stats = nnx.split(self._network(key), nnx.Param, nnx.BatchStat)
-        if start is not None:
-            arrays = files.load_float(start)
-            params, stats = files.from_arrays(arrays, params), files.from_arrays(arrays, stats)
-        state = State(params, stats, self.optimizer.init(params), jnp.zeros([]), jnp.zeros([], jnp.int32))
-        return self.layout.everywhere(state)
+        return params, stats
+
+    def _read(self, arrays: dict[str, np.ndarray]) -> tuple[Any, Any]:
+        """The weights and statistics in a file.
+
+        Raises:
+            ValueError: if it lacks one, or has one of another shape.
+        """
+        return files.from_arrays(arrays, self._params), files.from_arrays(arrays, self._stats)
+
+    def _begun(self, params: Any, stats: Any) -> State:
+        """The state before the first step."""
+        return State(params, stats, self.optimizer.init(params), jnp.zeros([]), jnp.zeros([], jnp.int32))
 
     def _learn(self, state: State, key: jax.Array, batch: Split) -> tuple[State, jax.Array]:
         """One step on a batch; returns the loss as well. The key is the epoch's."""
@@ -286,10 +308,7 @@ class Trainer:
 
     def _signs(self, state: State) -> dict[str, jax.Array]:
         """The signs of the binary weights by name, a byte each."""
-        return {
-            name: jnp.where(leaf.hard >= 0, jnp.int8(1), jnp.int8(-1))
-            for name, leaf in self._leaves(state).items()
-        }
+        return _signs({name: leaf.hard for name, leaf in self._leaves(state).items()})
 
     def _leaves(self, state: State) -> dict[str, stam_jax.QuantizedLeaf]:
         """The binary leaves, seen to be binary; none in a float run."""
@@ -371,9 +390,8 @@ class Trainer:
             SettingsError: if the file holds another network.
         """
         arrays = files.load_packed(packed)
-        _, params, stats = nnx.split(self._network(jax.random.key(0)), nnx.Param, nnx.BatchStat)
         try:
-            params, stats = files.from_arrays(arrays, params), files.from_arrays(arrays, stats)
+            params, stats = self._read(arrays)
         except ValueError as error:
             raise SettingsError(f"{packed} holds another network: {error}") from error
         params, stats = self.layout.everywhere((params, stats))

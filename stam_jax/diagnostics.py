@@ -9,6 +9,24 @@ from stam_jax import _trees
 from stam_jax.hard import quantized_leaves
 
 
+@jax.jit
+def _relative_distance(pairs: list[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
+    """|x - y| / |y| over all pairs of x and y, in the dtype of the third of each."""
+    distance = norm = jnp.zeros([], jnp.float32)
+    for x, hard, latent in pairs:
+        y = hard.astype(latent.dtype)
+        distance += jnp.sum(jnp.square(x - y))
+        norm += jnp.sum(jnp.square(y))
+    return jnp.where(distance == 0, 0.0, jnp.sqrt(distance / norm))
+
+
+@jax.jit
+def _differing_signs(before: list[jax.Array], after: list[jax.Array]) -> jax.Array:
+    """How many signs differ, over all arrays."""
+    differ = lambda a, b: jnp.sum((jnp.asarray(a) >= 0) != (jnp.asarray(b) >= 0))
+    return jnp.asarray(sum(map(differ, before, after)), jnp.float32)
+
+
 def quantisation_gap(opt_state: Any, params: Any) -> jax.Array:
     r"""The relative distance of the relaxed weights from the hard ones, $|x - y| / |y|$.
 
@@ -33,12 +51,8 @@ def quantisation_gap(opt_state: Any, params: Any) -> jax.Array:
         0.5
     """
     weights = _trees.named_leaves(params)
-    distance = norm = jnp.zeros([], jnp.float32)
-    for name, leaf in quantized_leaves(opt_state, params).items():
-        y = leaf.hard.astype(leaf.latent.dtype)
-        distance += jnp.sum(jnp.square(weights[name] - y))
-        norm += jnp.sum(jnp.square(y))
-    return jnp.where(distance == 0, 0.0, jnp.sqrt(distance / norm))
+    leaves = quantized_leaves(opt_state, params)
+    return _relative_distance([(weights[name], leaf.hard, leaf.latent) for name, leaf in leaves.items()])
 
 
 def sign_flips(before: Any, after: Any) -> jax.Array:
@@ -62,17 +76,17 @@ def sign_flips(before: Any, after: Any) -> jax.Array:
         0.5
     """
 
-    def count(a: jax.Array, b: jax.Array) -> jax.Array:
+    def check(a: jax.Array, b: jax.Array) -> None:
         if jnp.shape(a) != jnp.shape(b):
             raise ValueError(f"sign_flips: the shapes {jnp.shape(a)} and {jnp.shape(b)} differ.")
         for dtype in (jnp.result_type(a), jnp.result_type(b)):
             if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.signedinteger):
                 raise TypeError(f"sign_flips: arrays of dtype {dtype} have no sign.")
-        return jnp.sum((jnp.asarray(a) >= 0) != (jnp.asarray(b) >= 0))
 
     structures = jax.tree.structure(before), jax.tree.structure(after)
     if structures[0] != structures[1]:
         raise ValueError(f"sign_flips: the structures {structures[0]} and {structures[1]} differ.")
-    flips = jax.tree.leaves(jax.tree.map(count, before, after))
-    weights = sum(jnp.size(leaf) for leaf in jax.tree.leaves(after))
-    return jnp.asarray(sum(flips) / max(weights, 1), jnp.float32)
+    leaves = jax.tree.leaves(before), jax.tree.leaves(after)
+    for a, b in zip(*leaves, strict=True):
+        check(a, b)
+    return _differing_signs(*leaves) / max(sum(map(jnp.size, leaves[1])), 1)

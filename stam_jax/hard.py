@@ -1,5 +1,6 @@
 """The deliverable: the quantised weights, read from the optimiser state of a training run."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,19 @@ class QuantizedLeaf(NamedTuple):
     latent: jax.Array
     hard: jax.Array
     quantizer: Quantizer
+
+
+# One program for all leaves: a program for each would have to be compiled for each shape.
+@functools.partial(jax.jit, static_argnames="quantizers")
+def _blocks(
+    weights: list[jax.Array], kept: list[jax.Array | None], quantizers: tuple[Quantizer, ...]
+) -> list[tuple[jax.Array, jax.Array]]:
+    """The float block of each leaf, and its projection in the dtype of the parameter."""
+    latents = [_state.float_block(x, latent) for x, latent in zip(weights, kept, strict=True)]
+    return [
+        (latent, quantizer.project(latent).astype(x.dtype))
+        for x, latent, quantizer in zip(weights, latents, quantizers, strict=True)
+    ]
 
 
 def quantized_leaves(opt_state: Any, params: Any) -> dict[str, QuantizedLeaf]:
@@ -56,7 +70,7 @@ def quantized_leaves(opt_state: Any, params: Any) -> dict[str, QuantizedLeaf]:
             "There is no StamState in opt_state. It must come from stam or one of its methods, and if it was "
             "saved and restored, restored into a state of the same structure."
         )
-    found: dict[str, QuantizedLeaf] = {}
+    found: dict[str, tuple[jax.Array, jax.Array | None, Quantizer]] = {}
     for state in states:
         latents = None if state.latent is None else _trees.named_leaves(state.latent)
         for name, quantizer in assigned_quantizers(state).items():
@@ -74,10 +88,14 @@ def quantized_leaves(opt_state: Any, params: Any) -> dict[str, QuantizedLeaf]:
                 raise ValueError(
                     f"The leaf {name!r} has shape {kept.shape} in opt_state and {x.shape} in params."
                 )
-            latent = jnp.asarray(_state.float_block(x, kept))
-            hard = quantizer.project(latent).astype(x.dtype)
-            found[name] = QuantizedLeaf(latent=latent, hard=hard, quantizer=quantizer)
-    return {name: found[name] for name in weights if name in found}
+            found[name] = x, kept, quantizer
+    names = [name for name in weights if name in found]
+    xs, latents, quantizers = zip(*(found[name] for name in names), strict=True) if names else ((), (), ())
+    blocks = _blocks(list(xs), list(latents), quantizers)
+    return {
+        name: QuantizedLeaf(latent=latent, hard=hard, quantizer=quantizer)
+        for name, (latent, hard), quantizer in zip(names, blocks, quantizers, strict=True)
+    }
 
 
 def hard_params(opt_state: Any, params: Any) -> Any:

@@ -161,6 +161,20 @@ def test_the_key_decides_the_initial_weights(name):
         assert np.array_equal(array, other[path]) != path.endswith("kernel")
 
 
+def test_initial_kernels_are_normal_cut_at_two_deviations_with_the_variance_of_he():
+    network = models.build("resnet8", dataset(3), width=4.0, key=jax.random.key(0))
+    for path, array in files.to_arrays(nnx.state(network, nnx.Param)).items():
+        if not path.endswith("kernel"):
+            assert set(np.unique(array)) == {1.0 if path.endswith("scale") else 0.0}
+            continue
+        gain = 1 if path == "head/kernel" else 2
+        standard = array.ravel() * np.sqrt(np.prod(array.shape[:-1]) / gain)
+        assert abs(np.mean(standard)) < 5 / np.sqrt(array.size)
+        assert np.var(standard) == pytest.approx(1, abs=5 / np.sqrt(array.size))
+        # A normal variable that is cut off at +-2 has the deviation of 0.8796.
+        assert 2 / 0.8796 - 0.1 < np.max(np.abs(standard)) <= 2 / 0.8796 + 1e-3
+
+
 @nnx.jit
 def learn_then_tell(network: models.Network, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     return network(images, train=True), network(images)

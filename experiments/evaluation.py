@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 import stam_jax
+from experiments import models
 from experiments.data import Split
 from experiments.devices import Layout
 
@@ -31,7 +32,7 @@ def _add_statistics(
     # Without memory, the running statistics are those of the batch.
     network.set_attributes(nnx.BatchNorm, momentum=0.0)
     network(jax.lax.with_sharding_constraint(images, sharding), train=True)
-    new = nnx.state(network, nnx.BatchStat)
+    new = models.split(network)[2]
     return jax.tree.map(lambda total, new: total + share * new, total, new)
 
 

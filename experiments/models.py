@@ -220,6 +220,16 @@ def _draw_kernels(network: Network, key: jax.Array) -> None:
     nnx.update(network, nnx.from_flat_state(params))
 
 
+def split(network: Network) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
+    """A network's graph, weights and batch-norm statistics; `flax.nnx.merge` puts them together again.
+
+    The weights and the statistics are nested dictionaries of arrays, which JAX takes apart ten times faster
+    than Flax's own state: that counts where a step takes a few milliseconds.
+    """
+    graph, params, stats = nnx.split(network, nnx.Param, nnx.BatchStat)
+    return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+
 def build(
     name: ModelName, dataset: Dataset, *, width: float, precision: Precision = "float32", key: jax.Array
 ) -> Network:

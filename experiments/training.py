@@ -92,8 +92,8 @@ class Trainer:
         self.steps_per_epoch = dataset.train.size // settings.batch_size
         self.steps = self.steps_per_epoch * settings.epochs
         # Neither the graph nor what is selected depends on the values of the weights.
-        self.graph, self._params, self._stats = nnx.split(
-            nnx.eval_shape(lambda: self._network(jax.random.key(0))), nnx.Param, nnx.BatchStat
+        self.graph, self._params, self._stats = models.split(
+            nnx.eval_shape(lambda: self._network(jax.random.key(0)))
         )
         self.selection = optimizers.choose(self._params, settings)
         self.optimizer = optimizers.build(
@@ -105,7 +105,7 @@ class Trainer:
         self.learn = jax.jit(self._learn, donate_argnums=0, out_shardings=self.layout.whole)
         self.advance = jax.jit(self._advance, donate_argnums=0, out_shardings=self.layout.whole)
 
-    def _network(self, key: jax.Array) -> nnx.Module:
+    def _network(self, key: jax.Array) -> models.Network:
         settings = self.settings
         return models.build(
             settings.model, self.dataset, width=settings.width, precision=settings.precision, key=key
@@ -124,7 +124,7 @@ class Trainer:
 
     def _drawn(self, key: jax.Array) -> tuple[Any, Any]:
         """Random weights, and statistics."""
-        _, params, stats = nnx.split(self._network(key), nnx.Param, nnx.BatchStat)
+        _, params, stats = models.split(self._network(key))
         return params, stats
 
     def _read(self, arrays: dict[str, np.ndarray]) -> tuple[Any, Any]:
@@ -149,7 +149,7 @@ class Trainer:
             network = nnx.merge(self.graph, params, state.stats, copy=True)
             logits = network(images, train=True)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return jnp.mean(losses), nnx.state(network, nnx.BatchStat)
+            return jnp.mean(losses), models.split(network)[2]
 
         (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)

@@ -24,7 +24,7 @@ def digits() -> data.Dataset:
 
 
 @pytest.fixture(scope="module")
-def network(digits: data.Dataset) -> nnx.Module:
+def network(digits: data.Dataset) -> models.Network:
     return models.build("resnet8", digits, width=0.25, key=jax.random.key(0))
 
 
@@ -93,7 +93,7 @@ def test_first_and_last_are_the_stem_and_the_head(network):
 
 
 def test_batch_statistics_are_the_mean_and_variance_of_training_features(digits, network):
-    graph, params, stats = nnx.split(network, nnx.Param, nnx.BatchStat)
+    graph, params, stats = models.split(network)
     new = evaluation.batch_statistics(
         graph, params, stats, digits.train.images[:700], batch_size=300, layout=Layout()
     )
@@ -111,7 +111,7 @@ def test_batch_statistics_are_the_mean_and_variance_of_training_features(digits,
 
 
 def test_evaluation_leaves_the_network_as_it_was(digits, network):
-    graph, params, stats = nnx.split(network, nnx.Param, nnx.BatchStat)
+    graph, params, stats = models.split(network)
     before = files.to_arrays(stats)
     evaluation.batch_statistics(
         graph, params, stats, digits.train.images[:64], batch_size=64, layout=Layout()
@@ -122,7 +122,7 @@ def test_evaluation_leaves_the_network_as_it_was(digits, network):
 
 
 def test_accuracy_counts_every_image_once_across_batches(digits, network):
-    graph, params, stats = nnx.split(network, nnx.Param, nnx.BatchStat)
+    graph, params, stats = models.split(network)
     model: Any = network
     logits = np.asarray(model(jnp.asarray(digits.train.images)))
     expected = np.mean(np.argmax(logits, axis=-1) == digits.train.labels)

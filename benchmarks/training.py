@@ -104,7 +104,9 @@ def stand_in(batch_size: int) -> Dataset:
     images = draws.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8)
     split = Split(images, draws.integers(0, 10, size, dtype=np.int32))
     return Dataset(
-        classes=10,
+        labels=tuple("0123456789"),
+        shape=(32, 32, 3),
+        brightest=255,
         train=split,
         validation=split,
         test=split,

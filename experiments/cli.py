@@ -1,4 +1,4 @@
-"""The command line: `train`, `compare`, `table`, `evaluate`, `report` and `prepare`."""
+"""The command line: what each command takes, and where it is carried out."""
 
 import json
 import sys
@@ -87,18 +87,55 @@ def table(
     return 1 if tables.table(settings, execution, output, _joined(execution)) else 0
 
 
-def evaluate(folder: Path, reading: Annotated[Reading, Parameter(name="*")] = _READING) -> int:
-    """Measure the packed binary networks of a run anew, from their files alone.
+def evaluate(
+    path: Path,
+    *,
+    dataset: config.DatasetName | None = None,
+    reading: Annotated[Reading, Parameter(name="*")] = _READING,
+) -> int:
+    """Measure packed binary networks anew, from their files alone.
 
     Parameters
     ----------
-    folder
-        Folder of a run of train or compare.
+    path
+        A packed file, or the folder of a run of train, compare or table.
+    dataset
+        Image set to measure on; by default that of the training.
     """
-    from experiments import compare as comparison
+    from experiments import inference
 
-    rows = comparison.evaluate(folder, reading, _console())
+    rows = inference.evaluate(path, dataset, reading, _console())
     return 0 if all(row["same"] for row in rows) else 1
+
+
+def inspect(file: Path) -> None:
+    """Say what a packed file holds, layer by layer.
+
+    Parameters
+    ----------
+    file
+        A file of stam_jax.save_packed, such as a run's packed.safetensors.
+    """
+    from experiments import inference
+
+    inference.inspect(file, _console())
+
+
+def predict(file: Path, pictures: Annotated[tuple[Path, ...], Parameter(negative="")]) -> None:
+    """Say what pictures show, by a packed network.
+
+    Parameters
+    ----------
+    file
+        A run's packed.safetensors.
+    pictures
+        Pictures of any size and kind; their middle is resized to what the network reads.
+    """
+    if not pictures:
+        raise SettingsError("predict: name at least one picture.")
+    from experiments import inference
+
+    inference.predict(file, pictures, _console())
 
 
 def prepare(
@@ -148,7 +185,7 @@ def _application() -> App:
         suppress_keyboard_interrupt=False,
     )
     app.meta.suppress_keyboard_interrupt = False
-    for command in (train, compare, table, evaluate, report, prepare):
+    for command in (train, compare, table, evaluate, inspect, predict, report, prepare):
         app.command(command)
 
     @app.meta.default

@@ -1,4 +1,4 @@
-"""The commands `train`, `compare` and `evaluate`: runs side by side, their table and their picture."""
+"""The commands `train` and `compare`: runs side by side, their table and their picture."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,6 @@ from experiments.config import (
     METHODS,
     CompareSettings,
     Execution,
-    Reading,
-    SettingsError,
     TrainSettings,
 )
 from experiments.grid import Job
@@ -176,35 +174,3 @@ def percent(group: Sequence[Row], name: str) -> str:
         return "-"
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
-
-
-def evaluate(folder: Path, reading: Reading, console: Console) -> list[Row]:
-    """Measure the packed networks of a run's folder anew; say whether they do as they did.
-
-    Raises:
-        SettingsError: if the folder is not one of a run, or holds no packed network.
-    """
-    rows = []
-    for place in runs.single_runs(folder):
-        if not (place / runs.PACKED).is_file() or not (place / runs.RESULT).is_file():
-            continue
-        settings = runs.read_settings(place / runs.CONFIG)
-        trainer = grid.trainer(settings, Execution(data_dir=reading.data_dir))
-        accuracy = trainer.judge_file(place / runs.PACKED)
-        recorded = runs.read_json(place / runs.RESULT)[0]["hard_accuracy"]
-        rows.append(
-            {"run": str(place), "accuracy": accuracy, "recorded": recorded, "same": accuracy == recorded}
-        )
-    if not rows:
-        raise SettingsError(
-            f"{folder} holds no {runs.PACKED}: its runs are of the float network, or did not finish, "
-            "or their weights were not kept."
-        )
-    table = Table(box=rich.box.SIMPLE_HEAD)
-    for title in ("run", "accuracy of the packed file", "recorded", ""):
-        table.add_column(title)
-    for row in rows:
-        same = "the same" if row["same"] else "[bold red]differs"
-        table.add_row(row["run"], f"{row['accuracy']:.2%}", f"{row['recorded']:.2%}", same)
-    console.print(table)
-    return rows

@@ -68,27 +68,45 @@ class Selected:
         return self.records.at(self.indices[indices])
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Images:
+    """What a network has to know of the images that it reads.
+
+    Args:
+        labels: the names of the labels, in order.
+        shape: of an image: height, width and channels.
+        brightest: the largest value of a pixel; 0 is the smallest.
+        mean: of the training pixels, per channel.
+        deviation: standard deviation of the training pixels, per channel.
+    """
+
+    labels: tuple[str, ...]
+    shape: tuple[int, int, int]
+    brightest: int
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+    @property
+    def classes(self) -> int:
+        """The number of labels."""
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Dataset(Images):
     """Images in three parts: to learn from, to watch the learning on, and to judge by at the end.
 
     Args:
-        classes: the number of labels.
         train: to learn from; in memory unless it was to be streamed.
         validation: held out of training, for the curves and for tuning.
         test: looked at once, after the last epoch.
-        mean: of the training pixels, per channel.
-        deviation: standard deviation of the training pixels, per channel.
         shift: how many pixels augmentation moves an image by, at most, each way.
         flip: whether augmentation mirrors images.
     """
 
-    classes: int
     train: Records
     validation: Split
     test: Split
-    mean: tuple[float, ...]
-    deviation: tuple[float, ...]
     shift: int
     flip: bool
 
@@ -134,7 +152,9 @@ def _digits() -> Dataset:
     train, validation = split(rest, 150)
     pixels = train.images.astype(np.float64)
     return Dataset(
-        classes=10,
+        labels=tuple("0123456789"),
+        shape=(8, 8, 1),
+        brightest=16,
         train=train,
         validation=validation,
         test=test,
@@ -169,7 +189,9 @@ def _released(name: str, data_dir: Path | None, *, streamed: bool) -> Dataset:
         everything = prepared.read_all(everything)
     kept, left = held_out(everything.size, release.held_out)
     return Dataset(
-        classes=release.classes,
+        labels=prepared.label_names(name, data_dir),
+        shape=release.shape,
+        brightest=255,
         train=Selected(everything, kept) if streamed else everything.at(kept),
         validation=everything.at(left),
         test=prepared.read_all(prepared.open_records(name, "test", data_dir)),

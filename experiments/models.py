@@ -12,7 +12,7 @@ from flax import nnx
 
 from experiments import convolutions
 from experiments.config import ModelName, Precision
-from experiments.data import Dataset
+from experiments.data import Images
 
 # The standard deviation of a normal variable that is cut off at -2 and 2.
 _CUT_DEVIATION = 0.87962566103423978
@@ -104,16 +104,16 @@ class Network(nnx.Module):
 
     Args:
         channels: of the features.
-        dataset: the images it is for.
+        images: what it is to know of the images it is for.
         dtype: of the products.
         rngs: for Flax; the kernels are 0 until `build` draws them.
     """
 
-    def __init__(self, channels: int, dataset: Dataset, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.mean, self.deviation = tuple(dataset.mean), tuple(dataset.deviation)
+    def __init__(self, channels: int, images: Images, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.mean, self.deviation = tuple(images.mean), tuple(images.deviation)
         self.dtype = dtype
         self.head = nnx.Linear(
-            channels, dataset.classes, dtype=dtype, kernel_init=nnx.initializers.zeros, rngs=rngs
+            channels, images.classes, dtype=dtype, kernel_init=nnx.initializers.zeros, rngs=rngs
         )
 
     def features(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -133,7 +133,7 @@ class VGG(Network):
     Args:
         stages: channels of each stage.
         depths: convolutions of each stage.
-        dataset: the images it is for.
+        images: what it is to know of the images it is for.
         **options: arguments of every layer.
 
     References:
@@ -141,14 +141,14 @@ class VGG(Network):
         arXiv:1409.1556; with batch normalisation, and one linear layer for three, as is usual for CIFAR.
     """
 
-    def __init__(self, stages: Sequence[int], depths: Sequence[int], dataset: Dataset, **options: Any):
-        layers, inputs = [], len(dataset.mean)
+    def __init__(self, stages: Sequence[int], depths: Sequence[int], images: Images, **options: Any):
+        layers, inputs = [], len(images.mean)
         for outputs, depth in zip(stages, depths, strict=True):
             widths = (inputs, *[outputs] * depth)
             layers.append(nnx.List([ConvNorm(*pair, 3, 1, **options) for pair in itertools.pairwise(widths)]))
             inputs = outputs
         self.stages = nnx.List(layers)
-        super().__init__(inputs, dataset, **options)
+        super().__init__(inputs, images, **options)
 
     def features(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Features of shape [count, height, width, channels], a pixel each for images of 32 and less."""
@@ -166,7 +166,7 @@ class ResNet(Network):
     Args:
         stages: channels of each stage; every stage but the first halves the image.
         blocks: blocks per stage.
-        dataset: the images it is for.
+        images: what it is to know of the images it is for.
         shortcut: what carries the input where shapes change.
         **options: arguments of every layer.
 
@@ -178,12 +178,12 @@ class ResNet(Network):
         self,
         stages: Sequence[int],
         blocks: int,
-        dataset: Dataset,
+        images: Images,
         *,
         shortcut: Callable[..., Projection | ZeroPadding],
         **options: Any,
     ):
-        self.stem = ConvNorm(len(dataset.mean), stages[0], 3, 1, **options)
+        self.stem = ConvNorm(len(images.mean), stages[0], 3, 1, **options)
         layers, inputs = [], stages[0]
         for stage, outputs in enumerate(stages):
             for block in range(blocks):
@@ -191,7 +191,7 @@ class ResNet(Network):
                 layers.append(Block(inputs, outputs, stride, shortcut=shortcut, **options))
                 inputs = outputs
         self.blocks = nnx.List(layers)
-        super().__init__(inputs, dataset, **options)
+        super().__init__(inputs, images, **options)
 
     def features(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Features of shape [count, height, width, channels]."""
@@ -231,13 +231,13 @@ def split(network: Network) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any
 
 
 def build(
-    name: ModelName, dataset: Dataset, *, width: float, precision: Precision = "float32", key: jax.Array
+    name: ModelName, images: Images, *, width: float, precision: Precision = "float32", key: jax.Array
 ) -> Network:
     """The network of that name for an image set, with initial weights drawn from a key.
 
     Args:
         name: which network.
-        dataset: the images it is for: their channels, classes, mean and deviation.
+        images: what it is to know of the images it is for.
         width: factor of the channels; 1 for those of the literature.
         precision: dtype of the products; parameters, statistics and logits are float32.
         key: random key of the initial weights.
@@ -249,16 +249,16 @@ def build(
     scaled = lambda *channels: [max(1, round(width * each)) for each in channels]
     match name:
         case "vgg11":
-            network = VGG(scaled(64, 128, 256, 512, 512), (1, 1, 2, 2, 2), dataset, **options)
+            network = VGG(scaled(64, 128, 256, 512, 512), (1, 1, 2, 2, 2), images, **options)
         case "vgg16":
-            network = VGG(scaled(64, 128, 256, 512, 512), (2, 2, 3, 3, 3), dataset, **options)
+            network = VGG(scaled(64, 128, 256, 512, 512), (2, 2, 3, 3, 3), images, **options)
         case "resnet8":
-            network = ResNet(scaled(16, 32, 64), 1, dataset, shortcut=Projection, **options)
+            network = ResNet(scaled(16, 32, 64), 1, images, shortcut=Projection, **options)
         case "resnet18":
-            network = ResNet(scaled(64, 128, 256, 512), 2, dataset, shortcut=Projection, **options)
+            network = ResNet(scaled(64, 128, 256, 512), 2, images, shortcut=Projection, **options)
         case "resnet20":
-            network = ResNet(scaled(16, 32, 64), 3, dataset, shortcut=ZeroPadding, **options)
+            network = ResNet(scaled(16, 32, 64), 3, images, shortcut=ZeroPadding, **options)
         case "resnet56":
-            network = ResNet(scaled(16, 32, 64), 9, dataset, shortcut=ZeroPadding, **options)
+            network = ResNet(scaled(16, 32, 64), 9, images, shortcut=ZeroPadding, **options)
     _draw_kernels(network, key)
     return network

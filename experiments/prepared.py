@@ -247,6 +247,12 @@ class Prepared:
         return Split(images, labels)
 
 
+def label_names(name: str, data_dir: Path | None = None) -> tuple[str, ...]:
+    """The names of the labels of a prepared set, in order."""
+    builder = _tfds().builder(_release(name).name, data_dir=data_dir or default_folder())
+    return tuple(builder.info.features["label"].names)
+
+
 def open_records(name: str, split: str, data_dir: Path | None = None) -> Prepared:
     """A split of a set, to be read record by record; a set that is not prepared is first downloaded.
 

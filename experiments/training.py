@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import optax
 from flax import nnx
 
 import stam_jax
-from experiments import devices, evaluation, files, loader, models, optimizers, runs
+from experiments import devices, evaluation, files, loader, models, optimizers, runs, stored
 from experiments.checkpoints import Checkpoints
 from experiments.config import DivergedError, Execution, SettingsError, StoppedError, TrainSettings
 from experiments.data import Dataset, Split
@@ -265,7 +266,7 @@ class Trainer:
                             f"stopped in epoch {epoch + 1}, after {step} of {self.steps} steps"
                         )
                 first = 0
-        row = self._judge(state, folder)
+        row = self._judge(state, seed, folder)
         return row | {"seed": seed, "seconds": seconds()}
 
     def _measure(
@@ -358,12 +359,12 @@ class Trainer:
                 measured[f"{name}_{title}"] = accuracy
         return measured
 
-    def _judge(self, state: State, folder: Path) -> dict[str, Any]:
+    def _judge(self, state: State, seed: int, folder: Path) -> dict[str, Any]:
         """Measure on the test images; write the weights; see that the file holds the network measured."""
-        leaves, networks = self._leaves(state), self._networks(state)
+        leaves, measured = self._leaves(state), self._networks(state)
         row = {
             "method": self.settings.method,
-            **self._accuracies(state.stats, networks, self.dataset.test),
+            **self._accuracies(state.stats, measured, self.dataset.test),
             "binary_share": sum(leaf.hard.size for leaf in leaves.values())
             / sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             "bytes_float": None,
@@ -375,24 +376,15 @@ class Trainer:
         row["bytes_float"] = files.save_float(folder / runs.RELAXED, relaxed)
         if leaves:
             path = folder / runs.PACKED
-            params, stats = networks["hard"]
-            arrays = {**files.to_arrays(params), **files.to_arrays(stats)}
-            row["bytes_packed"] = files.save_packed(path, arrays, leaves)
-            stored = files.load_packed(path)
-            if not all(np.array_equal(stored[name], array) for name, array in arrays.items()):
+            params, stats = measured["hard"]
+            row["bytes_packed"] = stored.save(
+                path,
+                stam_jax.pack(state.opt_state, state.params),
+                stats,
+                settings=dataclasses.replace(self.settings, seed=seed),
+                images=self.dataset,
+                accuracy=row["hard_accuracy"],
+            )
+            if not stored.is_whole(path, params, stats):
                 raise AssertionError(f"{path} does not hold the network that was measured.")
         return row
-
-    def judge_file(self, packed: Path) -> float:
-        """The accuracy on the test images of the binary network in a file of `files.save_packed`.
-
-        Raises:
-            SettingsError: if the file holds another network.
-        """
-        arrays = files.load_packed(packed)
-        try:
-            params, stats = self._read(arrays)
-        except ValueError as error:
-            raise SettingsError(f"{packed} holds another network: {error}") from error
-        params, stats = self.layout.everywhere((params, stats))
-        return evaluation.accuracy(self.graph, params, stats, self.dataset.test, self.layout)

@@ -13,8 +13,20 @@ from stam_jax.admm import admm_quant
 from stam_jax.bop import BopState, bop
 from stam_jax.diagnostics import quantisation_gap, sign_flips
 from stam_jax.hard import QuantizedLeaf, hard_params, quantized_leaves
+from stam_jax.inspection import LeafReport, Report, report
 from stam_jax.methods import binary_connect, binary_relax, md_tanh, parq, prox_quant
-from stam_jax.quantizers import Binary, HasLevels, LeastSquares, PowerOfTwo, Quantizer, Ternary, Uniform
+from stam_jax.packed_files import PackedFileError, load_packed, packed_metadata, save_packed
+from stam_jax.packing import Packed, pack, unpack
+from stam_jax.quantizers import (
+    Binary,
+    HasCodes,
+    HasLevels,
+    LeastSquares,
+    PowerOfTwo,
+    Quantizer,
+    Ternary,
+    Uniform,
+)
 from stam_jax.regularizers import L1, Box, GroupLasso, Regularizer, Ridge
 from stam_jax.relaxations import (
     Hard,
@@ -39,16 +51,21 @@ __all__ = [
     "GroupLasso",
     "Hard",
     "HardFrom",
+    "HasCodes",
     "HasLevels",
     "L1Distance",
+    "LeafReport",
     "LeastSquares",
     "LinearBlend",
+    "Packed",
+    "PackedFileError",
     "PiecewiseAffine",
     "PowerOfTwo",
     "QuantizedLeaf",
     "Quantizer",
     "Regularizer",
     "Relaxation",
+    "Report",
     "Ridge",
     "ScaledTanh",
     "Selection",
@@ -62,14 +79,20 @@ __all__ = [
     "binary_relax",
     "bop",
     "hard_params",
+    "load_packed",
     "md_tanh",
+    "pack",
+    "packed_metadata",
     "parq",
     "prox_quant",
     "quantisation_gap",
     "quantized_leaves",
+    "report",
+    "save_packed",
     "schedules",
     "select",
     "sign_flips",
     "stam",
     "straight_through",
+    "unpack",
 ]

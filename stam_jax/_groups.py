@@ -64,6 +64,11 @@ class Groups:
         u = v.reshape(*v.shape[:at], inputs // size, size, *v.shape[at + 1 :])
         return u, (at + 1,)
 
+    def by_group(self, v: jax.Array) -> jax.Array:
+        """The array as groups by weights, [groups, weights]."""
+        u, axes = self._split(v)
+        return merged(u, axes)[0]
+
 
 def merged(u: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
     """The array as groups by weights, [groups, weights], and the shape of one number per group in it."""

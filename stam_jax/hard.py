@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stam_jax import _state, _trees
 from stam_jax._state import StamState, assigned_quantizers
-from stam_jax.quantizers import Quantizer
+from stam_jax.quantizers import HasCodes, Quantizer
 
 
 class QuantizedLeaf(NamedTuple):
@@ -25,43 +26,58 @@ class QuantizedLeaf(NamedTuple):
     quantizer: Quantizer
 
 
+class Point(NamedTuple):
+    """One quantised leaf before it is made whole.
+
+    Args:
+        latent: the float block v.
+        parts: the codes and scales of its projection, or the projection itself where its quantiser has none.
+        quantizer: Q.
+        dtype: of the parameter.
+    """
+
+    latent: jax.Array
+    parts: tuple[jax.Array, ...]
+    quantizer: Quantizer
+    dtype: np.dtype
+
+
 # One program for all leaves: a program for each would have to be compiled for each shape.
 @functools.partial(jax.jit, static_argnames="quantizers")
-def _blocks(
+def _said(
     weights: list[jax.Array], kept: list[jax.Array | None], quantizers: tuple[Quantizer, ...]
-) -> list[tuple[jax.Array, jax.Array]]:
-    """The float block of each leaf, and its projection in the dtype of the parameter."""
+) -> list[tuple[jax.Array, tuple[jax.Array, ...]]]:
+    """The float block of each leaf, and what says its projection."""
     latents = [_state.float_block(x, latent) for x, latent in zip(weights, kept, strict=True)]
     return [
-        (latent, quantizer.project(latent).astype(x.dtype))
-        for x, latent, quantizer in zip(weights, latents, quantizers, strict=True)
+        (v, (q.codes(v), q.scales(v)) if isinstance(q, HasCodes) else (q.project(v),))
+        for v, q in zip(latents, quantizers, strict=True)
     ]
 
 
-def quantized_leaves(opt_state: Any, params: Any) -> dict[str, QuantizedLeaf]:
-    """Every quantised leaf with its hard weights, by the name of its path.
+# Another program, so that scales are rounded before they are put to use: XLA would join the last step of
+# working them out with the first of decoding, and round once for twice.
+@functools.partial(jax.jit, static_argnames=("quantizers", "dtypes"))
+def _made_whole(
+    latents: list[jax.Array],
+    parts: list[tuple[jax.Array, ...]],
+    quantizers: tuple[Quantizer, ...],
+    dtypes: tuple[np.dtype, ...],
+) -> list[jax.Array]:
+    """The projection of each leaf in the dtype of the parameter."""
 
-    Args:
-        opt_state: an optimiser state that holds one or more states of `stam`, however deep: in a chain,
-            a partition, `masked`, `MultiSteps`, `inject_hyperparams`, or a Flax NNX optimiser.
-        params: the parameters it belongs to; a whole tree, of which the states may cover a part each.
+    def whole(v: jax.Array, part: tuple[jax.Array, ...], quantizer: Quantizer) -> jax.Array:
+        if not isinstance(quantizer, HasCodes):
+            return part[0]
+        # A code cannot say NaN, and scales of 1 do not show it.
+        return jnp.where(jnp.isnan(v), v, quantizer.decode(*part))
 
-    Returns:
-        A dictionary from names such as `"head/kernel"` to `QuantizedLeaf`, in the order of the parameters.
+    leaves = zip(latents, parts, quantizers, dtypes, strict=True)
+    return [whole(v, part, quantizer).astype(dtype) for v, part, quantizer, dtype in leaves]
 
-    Raises:
-        ValueError: if there is no `StamState` in `opt_state`, if two of them hold the same leaf, or if one
-            holds a leaf that `params` lacks or has in another shape.
 
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from stam_jax import quantized_leaves, stam
-        >>> params = {"kernel": jnp.array([[0.5, -2.0]]), "bias": jnp.zeros(2)}
-        >>> leaves = quantized_leaves(stam(0.1).init(params), params)
-        >>> for name, leaf in leaves.items():
-        ...     print(name, leaf.hard, leaf.quantizer.bits)
-        kernel [[ 0.5 -2. ]] 1
-    """
+def points(opt_state: Any, params: Any) -> dict[str, Point]:
+    """Every quantised leaf by name, not yet whole; for arguments and errors see `quantized_leaves`."""
     weights = _trees.named_leaves(params)
     is_state = lambda node: isinstance(node, StamState)
     states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
@@ -90,11 +106,54 @@ def quantized_leaves(opt_state: Any, params: Any) -> dict[str, QuantizedLeaf]:
                 )
             found[name] = x, kept, quantizer
     names = [name for name in weights if name in found]
-    xs, latents, quantizers = zip(*(found[name] for name in names), strict=True) if names else ((), (), ())
-    blocks = _blocks(list(xs), list(latents), quantizers)
+    xs, kepts, quantizers = zip(*(found[name] for name in names), strict=True) if names else ((), (), ())
+    said = _said(list(xs), list(kepts), quantizers)
     return {
-        name: QuantizedLeaf(latent=latent, hard=hard, quantizer=quantizer)
-        for name, (latent, hard), quantizer in zip(names, blocks, quantizers, strict=True)
+        name: Point(latent, parts, quantizer, np.dtype(x.dtype))
+        for name, x, quantizer, (latent, parts) in zip(names, xs, quantizers, said, strict=True)
+    }
+
+
+def hard_of(leaves: dict[str, Point]) -> dict[str, jax.Array]:
+    """The hard weights of each leaf."""
+    hard = _made_whole(
+        [leaf.latent for leaf in leaves.values()],
+        [leaf.parts for leaf in leaves.values()],
+        tuple(leaf.quantizer for leaf in leaves.values()),
+        tuple(leaf.dtype for leaf in leaves.values()),
+    )
+    return dict(zip(leaves, hard, strict=True))
+
+
+def quantized_leaves(opt_state: Any, params: Any) -> dict[str, QuantizedLeaf]:
+    """Every quantised leaf with its hard weights, by the name of its path.
+
+    Args:
+        opt_state: an optimiser state that holds one or more states of `stam`, however deep: in a chain,
+            a partition, `masked`, `MultiSteps`, `inject_hyperparams`, or a Flax NNX optimiser.
+        params: the parameters it belongs to; a whole tree, of which the states may cover a part each.
+
+    Returns:
+        A dictionary from names such as `"head/kernel"` to `QuantizedLeaf`, in the order of the parameters.
+
+    Raises:
+        ValueError: if there is no `StamState` in `opt_state`, if two of them hold the same leaf, or if one
+            holds a leaf that `params` lacks or has in another shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from stam_jax import quantized_leaves, stam
+        >>> params = {"kernel": jnp.array([[0.5, -2.0]]), "bias": jnp.zeros(2)}
+        >>> leaves = quantized_leaves(stam(0.1).init(params), params)
+        >>> for name, leaf in leaves.items():
+        ...     print(name, leaf.hard, leaf.quantizer.bits)
+        kernel [[ 0.5 -2. ]] 1
+    """
+    leaves = points(opt_state, params)
+    hard = hard_of(leaves)
+    return {
+        name: QuantizedLeaf(latent=leaf.latent, hard=hard[name], quantizer=leaf.quantizer)
+        for name, leaf in leaves.items()
     }
 
 

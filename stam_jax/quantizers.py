@@ -51,6 +51,23 @@ class HasLevels(Quantizer, Protocol):
         ...
 
 
+@runtime_checkable
+class HasCodes(Quantizer, Protocol):
+    """A quantiser that can say a point of Q in few bits, for packing."""
+
+    def scales(self, v: jax.Array) -> jax.Array:
+        """The numbers that say the levels of v's projection, in float32 at least."""
+        ...
+
+    def codes(self, v: jax.Array) -> jax.Array:
+        """A number below 2**bits for each weight of v's projection, as uint8 in the shape of v."""
+        ...
+
+    def decode(self, codes: jax.Array, scales: jax.Array) -> jax.Array:
+        """The weights that codes and scales stand for: v's projection, in the dtype of the scales."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Coded(Groups, abc.ABC):
     """A quantised set whose points are said by codes and scales."""

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from stam_jax import _trees
+from stam_jax._tables import aligned
 
 Rule = str | Callable[[str, Any], bool]
 
@@ -66,15 +67,7 @@ class Selection:
             )
             for row in self.rows
         ]
-        widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
-        rule = tuple("-" * width for width in widths)
-        lines = [
-            "  ".join(
-                cell.rjust(width) if head[i] == "bits" else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in [head, rule, *cells]
-        ]
+        lines = aligned(head, cells, right={"bits"})
         weights = sum(math.prod(row.shape) for row in self.rows)
         chosen = sum(math.prod(row.shape) for row in self.rows if row.quantized)
         lines.append(

@@ -1,14 +1,20 @@
 """The command line, driven as a user drives it."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
+import stam_jax
+from experiments import data, grid, inference, stored
 from experiments.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -126,14 +132,24 @@ def test_evaluate_finds_the_recorded_accuracy_in_the_packed_files(comparison, ca
     assert "float" not in printed
 
 
+def network_file(folder: Path) -> Path:
+    return folder / "stam-seed0" / "packed.safetensors"
+
+
+def altered(folder: Path, to: Path, **metadata: Any) -> str:
+    """A copy of a run's packed file that says otherwise of itself."""
+    path = network_file(folder)
+    said = stam_jax.packed_metadata(path) | metadata
+    stam_jax.save_packed(to / "altered.safetensors", stam_jax.load_packed(path), metadata=said)
+    return str(to / "altered.safetensors")
+
+
 def test_evaluate_says_when_a_file_does_not_do_as_it_did(comparison, tmp_path, capsys):
     folder, _ = comparison
-    for path in (folder / "stam-seed0").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    rows = json.loads((tmp_path / "result.json").read_text())
-    rows[0]["hard_accuracy"] += 0.01
-    (tmp_path / "result.json").write_text(json.dumps(rows))
-    assert main(["evaluate", str(tmp_path)]) == 1
+    recorded = json.loads((folder / "stam-seed0" / "result.json").read_text())[0]["hard_accuracy"]
+    assert main(["evaluate", altered(folder, tmp_path, test_accuracy=recorded)]) == 0
+    # A single image of the 450 more.
+    assert main(["evaluate", altered(folder, tmp_path, test_accuracy=recorded + 1 / 450)]) == 1
     assert "differs" in capsys.readouterr().out
 
 
@@ -171,7 +187,7 @@ def test_evaluate_says_when_a_file_does_not_do_as_it_did(comparison, tmp_path, c
         (["evaluate", "missing"], "missing is not the folder of a run"),
         (["evaluate"], "requires an argument"),
         (["report", "missing.md"], "There is no page missing.md"),
-        (["frobnicate"], "train, compare, table, evaluate, report, prepare"),
+        (["frobnicate"], "train, compare, table, evaluate, inspect, predict"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -196,17 +212,76 @@ def test_a_wrong_config_gets_one_clear_line_and_writes_nothing(contents, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_evaluate_refuses_files_of_another_network(comparison, tmp_path, capsys):
+def test_a_file_of_another_network_than_it_says_is_refused(comparison, tmp_path, capsys):
     folder, _ = comparison
-    for path in (folder / "stam-seed0").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"width": 0.25}))
-    assert main(["evaluate", str(tmp_path)]) == 2
-    assert "packed.safetensors holds another network" in capsys.readouterr().err
-    (tmp_path / "packed.safetensors").unlink()
-    assert main(["evaluate", str(tmp_path)]) == 2
-    assert "did not finish" in capsys.readouterr().err
+    for said, words in (
+        ({"width": 0.25}, "holds another network than it says"),
+        ({"model": "resnet9"}, "holds a network 'resnet9' in 'float32', unknown here"),
+        ({"images": {}}, "holds another network than it says"),
+    ):
+        assert main(["evaluate", altered(folder, tmp_path, **said)]) == 2
+        assert words in capsys.readouterr().err
+    (tmp_path / "altered.safetensors").write_bytes(b"not a network")
+    assert main(["inspect", str(tmp_path / "altered.safetensors")]) == 2
+    assert "it is not a safetensors file" in capsys.readouterr().err
+
+
+def test_evaluate_wants_images_like_those_of_training(comparison, monkeypatch, capsys):
+    folder, _ = comparison
+    assert main(["evaluate", str(network_file(folder)), "--dataset", "digits"]) == 0
+    wider = dataclasses.replace(data.load("digits"), shape=(8, 9, 1))
+    monkeypatch.setattr(grid, "dataset", lambda *rest: wider)
+    assert main(["evaluate", str(network_file(folder)), "--dataset", "mnist"]) == 2
+    assert "--dataset mnist: its images are (8, 9, 1) of 10 kinds" in capsys.readouterr().err
+
+
+def test_a_run_without_packed_networks_cannot_be_evaluated(comparison, capsys):
+    folder, _ = comparison
+    assert main(["evaluate", str(folder / "float-seed0")]) == 2
+    assert "its runs are of the float network, or did not finish" in capsys.readouterr().err
+
+
+def test_inspect_proves_that_every_kernel_holds_two_values_per_channel(comparison, capsys):
+    folder, _ = comparison
+    assert main(["inspect", str(folder / "stam-seed0" / "packed.safetensors")]) == 0
+    out = capsys.readouterr().out
+    kernels = [line.split() for line in out.splitlines() if "/kernel " in line]
+    assert len(kernels) == 10
+    for line in kernels:
+        _, shape, bits, groups, values, *_, why = line
+        assert (bits, groups, values, why) == ("1", shape.split("x")[-1], "2", "channel")
+    assert "method stam, seed 0, test_accuracy" in out
+
+
+def test_predict_reads_pictures_of_any_size_as_the_network_read_its_own(comparison, tmp_path, capsys):
+    folder, _ = comparison
+    network = stored.load(folder / "stam-seed0" / "packed.safetensors")
+    digits = data.load("digits").test
+    paths = []
+    for i in range(10):
+        grey = Image.fromarray(np.round(digits.images[i, :, :, 0] * (255 / 16)).astype(np.uint8))
+        paths.append(tmp_path / f"{i}.png")
+        # As large as a picture may be, with borders left and right, in colour.
+        wide = Image.new("RGB", (60, 40), "red")
+        wide.paste(grey.resize((40, 40), Image.Resampling.NEAREST), (10, 0))
+        wide.save(paths[-1])
+        np.testing.assert_array_equal(inference.read_picture(paths[-1], network.images), digits.images[i])
+    assert main(["predict", str(network_file(folder)), *map(str, paths)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if ".png" in line]
+    chances = stored.probabilities(network, digits.images[:10])
+    np.testing.assert_allclose(chances.sum(axis=1), 1, rtol=1e-5)
+    assert [line[1] for line in lines] == [network.images.labels[k] for k in chances.argmax(axis=1)]
+
+
+def test_predict_says_what_it_cannot_read(comparison, tmp_path, capsys):
+    folder, _ = comparison
+    (tmp_path / "text.png").write_text("no picture")
+    assert main(["predict", str(network_file(folder)), str(tmp_path / "text.png")]) == 2
+    assert "cannot read the picture" in capsys.readouterr().err
+    assert main(["predict", str(network_file(folder))]) == 2
+    assert "name at least one picture" in capsys.readouterr().err
+    assert main(["predict", str(tmp_path / "none.safetensors"), str(tmp_path / "text.png")]) == 2
+    assert "No such file" in capsys.readouterr().err
 
 
 def test_divergence_and_interrupts_have_exit_codes_of_their_own(tmp_path, monkeypatch, capsys):

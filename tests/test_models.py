@@ -5,7 +5,6 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,12 +17,19 @@ from jax import lax
 import stam_jax
 from experiments import convolutions, files, models
 from experiments.config import MODELS, ModelName
+from experiments.data import Images
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 
-def dataset(channels: int) -> Any:
-    return SimpleNamespace(classes=10, mean=(120.0,) * channels, deviation=(60.0,) * channels)
+def dataset(channels: int) -> Images:
+    return Images(
+        labels=tuple("0123456789"),
+        shape=(32, 32, channels),
+        brightest=255,
+        mean=(120.0,) * channels,
+        deviation=(60.0,) * channels,
+    )
 
 
 @functools.cache

@@ -1,0 +1,314 @@
+"""Packed networks on disk: safetensors files with a few bits per quantised weight. See docs/format.md."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from stam_jax import _safetensors, _trees
+from stam_jax.packing import Packed, contained, is_packed, unpacked
+from stam_jax.quantizers import Binary, HasCodes, LeastSquares, PowerOfTwo, Ternary, Uniform
+
+VERSION = 1
+_KEY, _CODES, _SCALES = "stam_jax", "#codes", "#scales"
+_QUANTIZERS = (Binary, Ternary, Uniform, PowerOfTwo, LeastSquares)
+
+
+class PackedFileError(ValueError):
+    """A file that is not what `save_packed` has written: foreign, cut, altered, or of another version."""
+
+
+def save_packed(path: str | Path, tree: Any, *, metadata: Mapping[str, Any] | None = None) -> int:
+    """Write a network, its quantised weights in few bits, to a safetensors file.
+
+    `load_packed` gives back every leaf bit for bit. The file is there whole or, if writing fails, as it was
+    before; the same tree makes the same bytes. Batch-norm statistics and the like belong into the tree too,
+    for the network to be whole: `save_packed(path, {"params": pack(opt_state, params), "stats": stats})`.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        tree: what `pack` returns, or a tree of such trees and arrays. Leaves are stored by the names of their
+            paths, such as `"params/head/kernel"`.
+        metadata: anything that JSON can say, by name, to be kept in the file; see `packed_metadata`.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        ValueError: with its name, for a leaf that is not what its quantiser promises, or whose name is taken.
+        TypeError: with its name, for a leaf that cannot be stored, as random keys; or for metadata that JSON
+            cannot say.
+
+    Example:
+        >>> import tempfile
+        >>> import jax.numpy as jnp
+        >>> from stam_jax import load_packed, pack, save_packed, stam, unpack
+        >>> params = {"kernel": jnp.array([[1.0, -2.0], [-3.0, 0.0]]), "bias": jnp.array([0.3, 0.4])}
+        >>> packed = pack(stam(0.1).init(params), params)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     size = save_packed(f"{folder}/network.safetensors", packed, metadata={"seed": 0})
+        ...     loaded = load_packed(f"{folder}/network.safetensors", like=params)
+        >>> print(unpack(loaded)["kernel"])
+        [[ 2. -1.]
+         [-2.  1.]]
+    """
+    leaves = {
+        name: leaf for name, leaf in _trees.flatten_named(tree, is_packed)[0].items() if not _hole(leaf)
+    }
+    arrays: dict[str, np.ndarray] = {}
+    packed: dict[str, Packed] = {}
+    for name, leaf in leaves.items():
+        parts = {name: leaf}
+        if is_packed(leaf):
+            packed[name] = leaf
+            parts = {name + _CODES: leaf.codes, name + _SCALES: leaf.scales}
+        for key, part in parts.items():
+            if key in arrays:
+                raise ValueError(f"save_packed: the name of the leaf {name!r} is taken: rename it.")
+            arrays[key] = _array(name, part)
+    _see_promises_kept(packed)
+    body = {
+        "version": VERSION,
+        "bit_order": "little",
+        "packed": {name: _described(name, leaf) for name, leaf in packed.items()},
+        "metadata": dict(metadata or {}),
+    }
+    try:
+        text = json.dumps(body | {"sha256": _digest(body, arrays)}, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"save_packed: JSON cannot say the metadata: {error}") from error
+    try:
+        return _safetensors.write(Path(path), arrays, {_KEY: text})
+    except TypeError as error:
+        raise TypeError(f"save_packed: {error}") from error
+
+
+def load_packed(path: str | Path, like: Any = None, *, quantizers: Sequence[type[HasCodes]] = ()) -> Any:
+    """Read a file of `save_packed`: `unpack` of what is returned gives the network, bit for bit.
+
+    Nothing in the file is executed, and nothing of it is believed before it fits: a damaged or foreign file
+    is an error before much memory is asked for.
+
+    Args:
+        path: of the file.
+        like: a tree with the names, shapes and dtypes of the one that was saved, such as the parameters (or
+            `jax.ShapeDtypeStruct`s, or packed ones): the result has its structure. By default the result is a
+            dictionary by name.
+        quantizers: classes of quantisers of your own that the file may name.
+
+    Returns:
+        The tree: a `Packed` for each leaf in few bits, a NumPy array for every other.
+
+    Raises:
+        PackedFileError: if the file is not what `save_packed` has written, or names an unknown quantiser.
+        ValueError: with its name, if a leaf of `like` differs from the file's.
+        OSError: if the file cannot be read.
+    """
+    path = Path(path)
+    body, arrays = _read(path, quantizers)
+    leaves: dict[str, Any] = {}
+    for name, leaf in body["packed"].items():
+        codes, scales = arrays.pop(name + _CODES), arrays.pop(name + _SCALES)
+        leaves[name] = dataclasses.replace(leaf, codes=codes, scales=scales)
+    leaves |= arrays
+    if like is None:
+        return leaves
+    return _in_shape_of(like, leaves, path)
+
+
+def packed_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata that were given to `save_packed`, from a file that is seen to be whole.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        PackedFileError: as `load_packed`; but for the quantisers, which are not looked up.
+        OSError: if the file cannot be read.
+    """
+    return _read(Path(path), None)[0]["metadata"]
+
+
+def _hole(leaf: Any) -> bool:
+    return not is_packed(leaf) and _trees.is_masked(leaf)
+
+
+def _array(name: str, leaf: Any) -> np.ndarray:
+    """A leaf as it is stored."""
+    try:
+        array = np.asarray(leaf)
+    except TypeError as error:
+        raise TypeError(f"save_packed: the leaf {name!r} is not an array: {error}") from error
+    if array.dtype == object:
+        raise TypeError(f"save_packed: the leaf {name!r} is {leaf!r}, not an array.")
+    return array
+
+
+def _see_promises_kept(packed: dict[str, Packed]) -> None:
+    """Raise for a packed leaf that is not what its quantiser promises."""
+    for name, leaf in packed.items():
+        try:
+            _see_fit(leaf, leaf.codes, leaf.scales)
+        except ValueError as error:
+            raise ValueError(f"save_packed: the leaf {name!r}: {error}") from error
+    whole = unpacked(packed)
+    held = contained([whole[name] for name in packed], tuple(leaf.quantizer for leaf in packed.values()))
+    for (name, leaf), holds in zip(packed.items(), held, strict=True):
+        if not holds:
+            raise ValueError(
+                f"save_packed: the leaf {name!r} does not hold what its quantiser {leaf.quantizer!r} "
+                "promises."
+            )
+
+
+def _see_fit(leaf: Packed, codes: Any, scales: Any) -> None:
+    """Raise for codes and scales that cannot be those of a leaf, by shapes and dtypes."""
+    *rows, row = leaf.shape or (1,)
+    expected = (*rows, -(-row * leaf.quantizer.bits // 8))
+    if codes.dtype != np.uint8 or codes.shape != expected:
+        raise ValueError(f"its codes are {codes.dtype}{list(codes.shape)} and not uint8{list(expected)}.")
+    if scales.dtype not in (np.float32, np.float64):
+        raise ValueError(f"its scales are {scales.dtype} and neither float32 nor float64.")
+    if 0 in leaf.shape:
+        return
+    abstract = (
+        jax.ShapeDtypeStruct(leaf.shape, np.uint8),
+        jax.ShapeDtypeStruct(scales.shape, np.float32),
+    )
+    try:
+        shape = jax.eval_shape(leaf.quantizer.decode, *abstract).shape
+    except Exception as error:  # Whatever a quantiser says of shapes that it cannot use.
+        raise ValueError(f"codes and scales do not go together: {error}") from error
+    if shape != leaf.shape:
+        raise ValueError(f"its codes and scales make an array of shape {shape}, not {leaf.shape}.")
+
+
+def _described(name: str, leaf: Packed) -> dict[str, Any]:
+    """What the file says of a packed leaf beside its codes and scales."""
+    quantizer: Any = leaf.quantizer
+    if not dataclasses.is_dataclass(quantizer):
+        raise TypeError(
+            f"save_packed: the quantiser of the leaf {name!r}, {quantizer!r}, must be a dataclass for its "
+            "options to be stored."
+        )
+    options = {field.name: getattr(quantizer, field.name) for field in dataclasses.fields(quantizer)}
+    return {
+        "shape": list(leaf.shape),
+        "dtype": leaf.dtype.name,
+        "bits": leaf.quantizer.bits,
+        "quantizer": {"name": type(quantizer).__name__, **options},
+    }
+
+
+def _digest(body: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of all that a file says, however it is laid out."""
+    digest = hashlib.sha256()
+    say = lambda value: digest.update(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+    say(body)
+    for name in sorted(arrays):
+        array = arrays[name]
+        say([name, array.dtype.name, list(array.shape)])
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path, quantizers: Sequence[type[HasCodes]] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a file says of itself, packed leaves as `Packed` without contents, and its arrays.
+
+    Quantisers are looked up unless they are None.
+    """
+
+    def accept(texts: dict[str, str], entries: dict[str, _safetensors.Entry]) -> dict[str, Any]:
+        if _KEY not in texts:
+            raise ValueError("it is a safetensors file, but none of save_packed.")
+        try:
+            said = json.loads(texts[_KEY])
+            version = said["version"]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError("what it says of itself cannot be read.") from error
+        if version != VERSION:
+            raise ValueError(f"it is of format version {version!r}; this release reads version {VERSION}.")
+        if not isinstance(said.get("packed"), dict) or not isinstance(said.get("metadata"), dict):
+            raise ValueError("what it says of itself is incomplete.")
+        if said.get("bit_order") != "little":
+            raise ValueError(f"its bit order is {said.get('bit_order')!r}, and not 'little'.")
+        return said
+
+    def accept_all(texts: dict[str, str], entries: dict[str, _safetensors.Entry]) -> tuple[Any, Any]:
+        said = accept(texts, entries)
+        if quantizers is None:
+            return said, {}
+        known = {cls.__name__: cls for cls in (*_QUANTIZERS, *quantizers)}
+        return said, {name: _leaf(name, value, entries, known) for name, value in said["packed"].items()}
+
+    try:
+        (said, packed), arrays = _safetensors.read(path, accept_all)
+        found = said.pop("sha256", None)
+        if found != _digest(said, arrays):
+            raise ValueError("its contents do not match its digest: it was altered or damaged.")
+        for name in packed:
+            if not np.all(np.isfinite(arrays[name + _SCALES])):
+                raise ValueError(f"the leaf {name!r} has scales that are not finite.")
+    except ValueError as error:
+        raise PackedFileError(f"{path}: {error}") from error
+    return said | {"packed": packed}, arrays
+
+
+def _leaf(
+    name: str, value: Any, entries: dict[str, _safetensors.Entry], known: dict[str, type[Any]]
+) -> Packed:
+    """A packed leaf without its contents, which are seen to fit."""
+    try:
+        options = dict(value["quantizer"])
+        kind, shape, dtype = options.pop("name"), tuple(value["shape"]), np.dtype(value["dtype"])
+        if not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+            raise ValueError(f"its shape cannot be {list(shape)}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"what it says of the leaf {name!r} cannot be read: {error}.") from error
+    if kind not in known:
+        raise ValueError(
+            f"the leaf {name!r} has the quantiser {kind!r}, which is unknown here; known are "
+            f"{', '.join(known)}. Name a class of your own in `quantizers`."
+        )
+    try:
+        quantizer = known[kind](**options)
+        hash(quantizer)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the leaf {name!r} has a quantiser that cannot be: {error}") from error
+    leaf = Packed(codes=None, scales=None, shape=shape, dtype=dtype, quantizer=quantizer)
+    for part in (name + _CODES, name + _SCALES):
+        if part not in entries:
+            raise ValueError(f"it lacks the array {part!r}.")
+    try:
+        _see_fit(leaf, entries[name + _CODES], entries[name + _SCALES])
+    except ValueError as error:
+        raise ValueError(f"the leaf {name!r}: {error}") from error
+    return leaf
+
+
+def _in_shape_of(like: Any, leaves: dict[str, Any], path: Path) -> Any:
+    """The leaves in the structure of another tree.
+
+    Raises:
+        ValueError: if a leaf is missing or left over, or of another shape or dtype.
+    """
+    wanted, structure = _trees.flatten_named(like, lambda node: is_packed(node) or _trees.is_masked(node))
+    names = [name for name, leaf in wanted.items() if not _hole(leaf)]
+    for name in [*names, *leaves]:
+        if name not in leaves or name not in wanted:
+            where = "like has but the file lacks" if name not in leaves else "the file has but like lacks"
+            raise ValueError(f"{path}: there is a leaf {name!r} that {where}.")
+    for name in names:
+        other = wanted[name] if hasattr(wanted[name], "shape") else np.asarray(wanted[name])
+        mine, theirs = ((tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in (leaves[name], other))
+        if mine != theirs:
+            say = lambda leaf: f"{leaf[1]}{list(leaf[0])}"
+            raise ValueError(
+                f"{path}: the leaf {name!r} is {say(mine)} in the file and {say(theirs)} in like."
+            )
+    return jax.tree.unflatten(structure, [leaves.get(name, leaf) for name, leaf in wanted.items()])

@@ -131,8 +131,6 @@ def predict(file: Path, pictures: Annotated[tuple[Path, ...], Parameter(negative
     pictures
         Pictures of any size and kind; their middle is resized to what the network reads.
     """
-    if not pictures:
-        raise SettingsError("predict: name at least one picture.")
     from experiments import inference
 
     inference.predict(file, pictures, _console())

@@ -279,7 +279,7 @@ def test_predict_says_what_it_cannot_read(comparison, tmp_path, capsys):
     assert main(["predict", str(network_file(folder)), str(tmp_path / "text.png")]) == 2
     assert "cannot read the picture" in capsys.readouterr().err
     assert main(["predict", str(network_file(folder))]) == 2
-    assert "name at least one picture" in capsys.readouterr().err
+    assert "--pictures requires an argument" in capsys.readouterr().err
     assert main(["predict", str(tmp_path / "none.safetensors"), str(tmp_path / "text.png")]) == 2
     assert "No such file" in capsys.readouterr().err
 

@@ -156,8 +156,8 @@ def _see_promises_kept(packed: dict[str, Packed]) -> None:
             _see_fit(leaf, leaf.codes, leaf.scales)
         except ValueError as error:
             raise ValueError(f"save_packed: the leaf {name!r}: {error}") from error
-    whole = unpacked(packed)
-    held = contained([whole[name] for name in packed], tuple(leaf.quantizer for leaf in packed.values()))
+    whole = unpacked(list(packed.values()))
+    held = contained(whole, tuple(leaf.quantizer for leaf in packed.values()))
     for (name, leaf), holds in zip(packed.items(), held, strict=True):
         if not holds:
             raise ValueError(

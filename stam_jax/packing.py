@@ -129,9 +129,10 @@ def pack(opt_state: Any, params: Any) -> Any:
         name: Packed(codes, leaf.parts[1], leaf.latent.shape, leaf.dtype, quantizer)
         for (name, leaf), codes, quantizer in zip(leaves.items(), rows, quantizers, strict=True)
     }
-    hard, whole = hard_of(leaves), unpacked(packed)
-    for name, held in zip(leaves, contained(list(hard.values()), quantizers), strict=True):
-        if not held or np.asarray(whole[name]).tobytes() != np.asarray(hard[name]).tobytes():
+    hard = hard_of(leaves)
+    whole, held = unpacked(list(packed.values())), contained(list(hard.values()), quantizers)
+    for name, array, holds in zip(leaves, whole, held, strict=True):
+        if not holds or np.asarray(array).tobytes() != np.asarray(hard[name]).tobytes():
             raise ValueError(
                 f"pack: the hard weights of the leaf {name!r} are not what its quantiser "
                 f"{leaves[name].quantizer!r} promises."

@@ -136,6 +136,32 @@ def predict(file: Path, pictures: Annotated[tuple[Path, ...], Parameter(negative
     inference.predict(file, pictures, _console())
 
 
+def export(
+    file: Path,
+    *,
+    to: config.Form,
+    output: Path,
+    license_: Annotated[str | None, Parameter(name="--license")] = None,
+    reading: Annotated[Reading, Parameter(name="*")] = _READING,
+) -> None:
+    """Write a packed network for other programs: a StableHLO or ONNX file, or a folder for a model hub.
+
+    Parameters
+    ----------
+    file
+        A run's packed.safetensors.
+    to
+        What to write.
+    output
+        File to write, replaced if it is there; or folder, which must be new or empty.
+    license_
+        Licence that the folder's model card names; by default none.
+    """
+    from experiments import export as exporting
+
+    exporting.export(file, to, output, license_, reading, _console())
+
+
 def prepare(
     dataset: config.DatasetName,
     *,
@@ -183,7 +209,7 @@ def _application() -> App:
         suppress_keyboard_interrupt=False,
     )
     app.meta.suppress_keyboard_interrupt = False
-    for command in (train, compare, table, evaluate, inspect, predict, report, prepare):
+    for command in (train, compare, table, evaluate, inspect, predict, export, report, prepare):
         app.command(command)
 
     @app.meta.default

@@ -28,6 +28,7 @@ DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist",
 ModelName = Literal["resnet8", "resnet18", "resnet20", "resnet56", "vgg11", "vgg16"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
 Precision = Literal["float32", "bfloat16"]
+Form = Literal["stablehlo", "onnx", "folder"]
 
 
 def _whole(kind: Any, tokens: Sequence[Token]) -> Any:

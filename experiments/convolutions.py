@@ -1,6 +1,6 @@
 """Convolution and pooling without the traps of XLA's CPU backend; the same numbers as the plain ones."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,8 @@ from jax import lax
 
 # Up to this many outputs per side XLA's convolution is up to fifty times slower on CPU than patches.
 _FEW = 2
+
+Convolution = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def _patches_times_kernel(
@@ -26,7 +28,7 @@ def _patches_times_kernel(
     return jnp.matmul(jnp.concatenate(patches, axis=-1), matrix, precision=precision)
 
 
-def conv_general_dilated(
+def _by_patches(
     lhs: jax.Array,
     rhs: jax.Array,
     window_strides: Sequence[int],
@@ -37,43 +39,17 @@ def conv_general_dilated(
     dimension_numbers: Any = None,
     precision: Any = None,
     **options: Any,
-) -> jax.Array:
-    """`jax.lax.conv_general_dilated`, by another way on CPU where the output is 2 by 2 or smaller.
-
-    Args:
-        lhs: images.
-        rhs: kernel.
-        window_strides: per side.
-        padding: "SAME", "VALID", or pixels before and after, per side.
-        lhs_dilation: of the images, per side.
-        rhs_dilation: of the kernel, per side.
-        dimension_numbers: the meaning of the axes; the other way needs ("NHWC", "HWIO", "NHWC").
-        precision: of the products.
-        **options: all others of the function in JAX; the other way needs them at their defaults.
-
-    Returns:
-        The convolved images.
-    """
-    plain = lambda: lax.conv_general_dilated(
-        lhs,
-        rhs,
-        window_strides,
-        padding,
-        lhs_dilation=lhs_dilation,
-        rhs_dilation=rhs_dilation,
-        dimension_numbers=dimension_numbers,
-        precision=precision,
-        **options,
-    )
-    if jax.default_backend() != "cpu" or lhs.ndim != 4:
-        return plain()
+) -> Convolution | None:
+    """The other way to convolve such images with such a kernel, or None where the plain one is as good."""
+    if lhs.ndim != 4:
+        return None
     axes = lambda numbers: lax.conv_dimension_numbers(lhs.shape, rhs.shape, numbers)
     if (
         axes(dimension_numbers) != axes(("NHWC", "HWIO", "NHWC"))
         or any(dilation != 1 for dilation in (*(lhs_dilation or ()), *(rhs_dilation or ())))
         or any(value != (1 if name.endswith("group_count") else None) for name, value in options.items())
     ):
-        return plain()
+        return None
     sides, window = lhs.shape[1:3], rhs.shape[:2]
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(sides, window, window_strides, padding)
@@ -82,10 +58,51 @@ def conv_general_dilated(
         for side, size, stride, (before, after) in zip(sides, window, window_strides, padding, strict=True)
     ]
     if not all(1 <= extent <= _FEW for extent in shape):
-        return plain()
+        return None
     edges = [(0, 0, 0), *((before, after, 0) for before, after in padding), (0, 0, 0)]
-    padded = lax.pad(lhs, jnp.zeros((), lhs.dtype), edges)
-    return _patches_times_kernel(padded, rhs, window_strides, shape, precision)
+
+    def convolve(images: jax.Array, kernel: jax.Array) -> jax.Array:
+        padded = lax.pad(images, jnp.zeros((), images.dtype), edges)
+        return _patches_times_kernel(padded, kernel, window_strides, shape, precision)
+
+    return convolve
+
+
+def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, *arguments: Any, **options: Any) -> jax.Array:
+    """`jax.lax.conv_general_dilated`, by another way on CPU where the output is 2 by 2 or smaller.
+
+    Args:
+        lhs: images.
+        rhs: kernel.
+        *arguments: the strides and the padding, as of the function in JAX.
+        **options: all others of that function; the other way needs the axes ("NHWC", "HWIO", "NHWC"), and all
+            but the precision at their defaults.
+
+    Returns:
+        The convolved images.
+    """
+    other = _by_patches(lhs, rhs, *arguments, **options) if jax.default_backend() == "cpu" else None
+    plain = lambda images, kernel: lax.conv_general_dilated(images, kernel, *arguments, **options)
+    return (other or plain)(lhs, rhs)
+
+
+def portable_conv_general_dilated(
+    lhs: jax.Array, rhs: jax.Array, *arguments: Any, **options: Any
+) -> jax.Array:
+    """`conv_general_dilated` for a program that is made on one platform and run on others.
+
+    Args:
+        lhs: images.
+        rhs: kernel.
+        *arguments: as of `conv_general_dilated`.
+        **options: as of `conv_general_dilated`.
+
+    Returns:
+        The convolved images.
+    """
+    other = _by_patches(lhs, rhs, *arguments, **options)
+    plain = lambda images, kernel: lax.conv_general_dilated(images, kernel, *arguments, **options)
+    return plain(lhs, rhs) if other is None else lax.platform_dependent(lhs, rhs, cpu=other, default=plain)
 
 
 def max_pool(images: jax.Array) -> jax.Array:

@@ -14,6 +14,8 @@ from experiments import convolutions
 from experiments.config import ModelName, Precision
 from experiments.data import Images
 
+# What batch norm adds to the variance.
+EPSILON = 1e-5
 # The standard deviation of a normal variable that is cut off at -2 and 2.
 _CUT_DEVIATION = 0.87962566103423978
 
@@ -48,7 +50,7 @@ class ConvNorm(nnx.Module):
             rngs=rngs,
         )
         # In bfloat16 it would round the running mean before subtracting it, though not a batch's own.
-        self.norm = nnx.BatchNorm(outputs, momentum=0.9, dtype=jnp.float32, rngs=rngs)
+        self.norm = nnx.BatchNorm(outputs, momentum=0.9, epsilon=EPSILON, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Features of shape [count, height / stride, width / stride, outputs]."""

@@ -45,7 +45,7 @@ class Stored:
     @functools.cached_property
     def graph(self) -> Any:
         """The network's graph, for `flax.nnx.merge`."""
-        return _abstract(self.model, self.images, self.width, self.precision)[0]
+        return abstract(self.model, self.images, self.width, self.precision)[0]
 
     def whole(self) -> tuple[Any, Any]:
         """The weights and the batch-norm statistics."""
@@ -53,7 +53,7 @@ class Stored:
         return tree["params"], tree["stats"]
 
 
-def _abstract(model: ModelName, images: Images, width: float, precision: Precision) -> tuple[Any, Any, Any]:
+def abstract(model: ModelName, images: Images, width: float, precision: Precision) -> tuple[Any, Any, Any]:
     """The graph, and the shapes of weights and statistics."""
     build = lambda: models.build(model, images, width=width, precision=precision, key=jax.random.key(0))
     return models.split(nnx.eval_shape(build))
@@ -101,7 +101,11 @@ def load(path: Path) -> Stored:
             raise SettingsError(f"{path} holds a network {model!r} in {precision!r}, unknown here.")
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in said["images"].items()}
         images = Images(**cast(Any, values))
-        _, params, stats = _abstract(model, images, width, precision)
+        _, params, stats = abstract(model, images, width, precision)
+        kinds = {"dataset": str, "method": str, "seed": int, "test_accuracy": float}
+        for name, kind in kinds.items():
+            if type(said[name]) is not kind:
+                raise SettingsError(f"{path} says that its {name} is {said[name]!r}.")
         return Stored(
             model=model,
             width=width,
@@ -113,6 +117,8 @@ def load(path: Path) -> Stored:
             accuracy=said["test_accuracy"],
             tree=stam_jax.load_packed(path, like={"params": params, "stats": stats}),
         )
+    except SettingsError:
+        raise
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}.") from error
     except KeyError as error:

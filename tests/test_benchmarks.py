@@ -1,4 +1,4 @@
-"""The benchmark of training, end to end at its smallest; nothing is asked of how long anything takes."""
+"""The benchmarks of whole networks, end to end at their smallest; nothing is asked of how long it takes."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import training
+from benchmarks import inference, training
 
 TINY = ("--models", "resnet8", "--width", "0.125", "--batch-sizes", "16", "--rounds", "1", "--steps", "2")
 
@@ -73,3 +73,26 @@ def test_a_wrong_setting_is_told_in_one_line(wrong, capsys):
     assert printed.err.count("\n") == 1
     assert wrong[0] in printed.err
     assert not printed.out
+
+
+def test_every_form_of_a_packed_network_is_measured(capsys):
+    assert (
+        inference.main(["--models", "resnet8", "--width", "0.125", "--batch-sizes", "2", "--rounds", "1"])
+        == 0
+    )
+    out = capsys.readouterr().out
+    rows = {
+        line.split("│")[1].strip(): line.split("│")[2:] for line in out.splitlines() if line.startswith("│")
+    }
+    assert list(rows) == ["float32", "bfloat16", "packed", "packed bfloat16", "folded", "folded bfloat16"]
+    weights = {name: int(cells[0].replace(",", "")) for name, cells in rows.items()}
+    assert weights["packed"] < weights["bfloat16"] < weights["float32"]
+    assert rows["packed"][-2].strip() == "0e+00"
+    assert float(rows["folded"][-2]) < 1e-5
+    assert float(rows["folded bfloat16"][-2]) < 0.05
+    assert "resnet8: a packed file of" in out
+
+
+def test_the_packed_forms_refuse_a_wrong_setting(capsys):
+    assert inference.main(["--rounds", "0"]) == 2
+    assert "--rounds" in capsys.readouterr().err

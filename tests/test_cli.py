@@ -218,6 +218,7 @@ def test_a_file_of_another_network_than_it_says_is_refused(comparison, tmp_path,
         ({"width": 0.25}, "holds another network than it says"),
         ({"model": "resnet9"}, "holds a network 'resnet9' in 'float32', unknown here"),
         ({"images": {}}, "holds another network than it says"),
+        ({"test_accuracy": "good"}, "says that its test_accuracy is 'good'"),
     ):
         assert main(["evaluate", altered(folder, tmp_path, **said)]) == 2
         assert words in capsys.readouterr().err

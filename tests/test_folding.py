@@ -1,0 +1,77 @@
+"""Scales and batch norm go into one multiplication and one addition, and nothing else changes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import stam_jax
+from experiments import data, models, stored
+from experiments.config import ModelName
+from experiments.folding import fold
+from stam_jax import Binary, Packed, Ternary
+
+
+def network(name: ModelName, quantizer: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A graph, and packed weights and statistics of all kinds of sizes."""
+    digits = data.load("digits")
+    built = models.build(name, digits, width=0.125, key=jax.random.key(0), **options)
+    graph, params, stats = models.split(built)
+    draws = np.random.default_rng(0)
+    noisy = lambda leaf: (
+        leaf if leaf.ndim > 1 else leaf + jnp.asarray(draws.uniform(0.1, 1, leaf.shape), jnp.float32)
+    )
+    params, stats = jax.tree.map(noisy, params), jax.tree.map(noisy, stats)
+    packed = stam_jax.pack(stam_jax.stam(0.1, quantizer=quantizer).init(params), params)
+    return graph, {"params": packed, "stats": stats}
+
+
+def packed_leaves(tree: Any) -> list[Packed]:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Packed))
+    return [leaf for leaf in leaves if isinstance(leaf, Packed)]
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet20", "vgg11"])
+def test_the_folded_network_says_the_same(name):
+    graph, tree = network(name, Binary())
+    images = data.load("digits").test.images[:64]
+    before, after = (
+        np.asarray(jax.jit(stored.apply, static_argnums=0)(graph, each, images))
+        for each in (tree, fold(tree))
+    )
+    assert np.std(before) > 0.01
+    np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5 * np.max(np.abs(before)))
+
+
+def test_signs_take_the_place_of_scaled_weights_and_statistics_go():
+    _, tree = network("resnet8", Binary())
+    folded = fold(tree)
+    assert jax.tree.structure(jax.tree.map(jnp.shape, stam_jax.unpack(folded))) == jax.tree.structure(
+        jax.tree.map(jnp.shape, stam_jax.unpack(tree))
+    )
+    kernel = folded["params"]["blocks"][0]["first"]["conv"]["kernel"]
+    np.testing.assert_array_equal(np.unique(kernel.unpack()), [-1, 1])
+    np.testing.assert_array_equal(kernel.codes, tree["params"]["blocks"][0]["first"]["conv"]["kernel"].codes)
+    assert not np.any(folded["stats"]["stem"]["norm"]["mean"])
+    # The head has no batch norm: its scales stay.
+    assert folded["params"]["head"]["kernel"].quantizer == Binary()
+
+
+@pytest.mark.parametrize("quantizer", [Binary(scale="group", group=1), Binary(axis=0), Ternary()], ids=repr)
+def test_kernels_with_other_scales_stay_as_they_are(quantizer):
+    _, tree = network("resnet8", quantizer)
+    before, after = packed_leaves(tree), packed_leaves(fold(tree))
+    assert [leaf.quantizer for leaf in after] == [leaf.quantizer for leaf in before]
+
+
+@pytest.mark.parametrize("quantizer", [Binary(scale="tensor"), Binary(scale=None)], ids=repr)
+def test_scales_of_whole_kernels_are_folded_too(quantizer):
+    graph, tree = network("resnet8", quantizer)
+    images = data.load("digits").test.images[:8]
+    before, after = (
+        np.asarray(stored.apply(graph, each, jnp.asarray(images))) for each in (tree, fold(tree))
+    )
+    np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5 * np.max(np.abs(before)))
+    assert {leaf.quantizer for leaf in packed_leaves(fold(tree)["params"]["blocks"])} == {Binary(scale=None)}

@@ -20,6 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stam_jax
+from experiments import models
+from experiments.data import Images
 from stam_jax import (
     Binary,
     LeastSquares,
@@ -582,3 +584,20 @@ def test_everything_about_packing_is_public():
     assert {"pack", "unpack", "save_packed", "load_packed", "packed_metadata", "report"} <= set(
         stam_jax.__all__
     )
+
+
+@pytest.mark.slow
+def test_resnet18_with_every_kernel_binary_takes_a_29th(tmp_path):
+    images = Images(
+        labels=tuple("0123456789"), shape=(32, 32, 3), brightest=255, mean=(0.0,) * 3, deviation=(1.0,) * 3
+    )
+    draw = lambda key: models.split(models.build("resnet18", images, width=1.0, key=key))[1:]
+    params, stats = jax.jit(draw)(jax.random.key(0))
+    state = stam(0.1).init(params)
+    whole = {"params": hard_params(state, params), "stats": stats}
+    size = save_packed(tmp_path / "file", {"params": pack(state, params), "stats": stats})
+    assert 29 * size <= sum(leaf.nbytes for leaf in jax.tree.leaves(whole))
+    assert same_bits(unpack(load_packed(tmp_path / "file", like=whole)), whole)
+    rows = report(load_packed(tmp_path / "file")).rows
+    assert all((row.bits, row.values) == (1, 2) for row in rows if row.path.endswith("kernel"))
+    assert sum(math.prod(row.shape) for row in rows if row.path.startswith("params")) == 11_173_962

@@ -6,7 +6,7 @@ always, and take the binary network from `hard_params(opt_state, params)`.
 
 from importlib.metadata import version as _version
 
-from stam_jax import schedules
+from stam_jax import schedules, theory
 from stam_jax._state import StamState
 from stam_jax._transform import stam
 from stam_jax.admm import admm_quant
@@ -94,5 +94,6 @@ __all__ = [
     "sign_flips",
     "stam",
     "straight_through",
+    "theory",
     "unpack",
 ]

@@ -1,0 +1,222 @@
+r"""The numbers of the theorem on the proximal method: its step, its bound, and the smoothness they ask for.
+
+With an L-smooth loss, stochastic gradients of variance $\sigma^2$, penalties $\rho$ and $\tau$ and
+$L_\Phi = L + \rho + \tau$, a step $\eta \le 1/L$ moves x by $\hat\eta = \eta / (1 + \eta (\rho + \tau))$
+times the residual R, and
+
+$$\frac1K \sum_{k<K} E|R_k|^2 \le \frac{2 (\Phi_0 - \Phi_{\inf})}{\hat\eta K} + L_\Phi \hat\eta \sigma^2 .$$
+
+The statement, its assumptions and its proof are this project's own; see docs/method.md.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from stam_jax import _numbers
+
+
+def bound(
+    learning_rate: float,
+    *,
+    smoothness: float,
+    noise: float,
+    decrease: float,
+    steps: int,
+    penalty: float = 0.0,
+    regularizer_penalty: float = 0.0,
+) -> float:
+    r"""What the theorem allows the squared residual to be on average over a run.
+
+    $2 \Delta / (\hat\eta K) + (L + \rho + \tau)\,\hat\eta\,\sigma^2$ with
+    $\hat\eta = \eta / (1 + \eta (\rho + \tau))$.
+
+    Args:
+        learning_rate: the step $\eta$ of `stam`, at most 1 / `smoothness`.
+        smoothness: L, of the loss: its gradient's Lipschitz constant.
+        noise: $\sigma$, the root of the mean squared distance of a stochastic gradient from the gradient.
+        decrease: $\Delta = \Phi_0 - \Phi_{\inf}$, how far the objective can fall.
+        steps: K, of the run.
+        penalty: $\rho$ of `stam`.
+        regularizer_penalty: $\tau$ of `stam`.
+
+    Returns:
+        The right-hand side of the theorem.
+
+    Raises:
+        ValueError: for a number out of range, or a step above 1 / `smoothness`, where the theorem is silent.
+        TypeError: for something that is not a number.
+
+    Example:
+        >>> from stam_jax import theory
+        >>> print(theory.bound(0.5, smoothness=2.0, noise=0.0, decrease=1.0, steps=1000))
+        0.004
+
+    References:
+        docs/method.md.
+    """
+    _check("bound", smoothness, noise, decrease, steps, penalty, regularizer_penalty)
+    _numbers.check("bound", "learning_rate", learning_rate, finite=True, schedule=False)
+    # To rounding: 1 / L itself is allowed.
+    if not 0 < learning_rate * smoothness <= 1 + 1e-9:
+        raise ValueError(
+            f"bound: learning_rate must be in (0, 1 / smoothness] = (0, {1 / smoothness:g}]; "
+            f"got {learning_rate!r}."
+        )
+    pull = penalty + regularizer_penalty
+    moved = learning_rate / (1 + learning_rate * pull)
+    return 2 * decrease / (moved * steps) + (smoothness + pull) * moved * noise**2
+
+
+def step_size(
+    *,
+    smoothness: float,
+    noise: float,
+    decrease: float,
+    steps: int,
+    penalty: float = 0.0,
+    regularizer_penalty: float = 0.0,
+) -> float:
+    r"""The step for which the theorem's bound is least.
+
+    $\hat\eta = \min\{1/L_\Phi,\ \sqrt{2 \Delta / (K L_\Phi \sigma^2)}\}$ with $L_\Phi = L + \rho + \tau$, and
+    $\eta = \hat\eta / (1 - \hat\eta (\rho + \tau))$. With noise it falls as $K^{-1/2}$, and the bound with
+    it: an $\epsilon$-stationary point takes $O(\epsilon^{-4})$ steps.
+
+    Args:
+        smoothness: L, as in `bound`.
+        noise: $\sigma$, as in `bound`.
+        decrease: $\Delta$, as in `bound`.
+        steps: K, as in `bound`.
+        penalty: $\rho$ of `stam`.
+        regularizer_penalty: $\tau$ of `stam`.
+
+    Returns:
+        The learning rate of `stam`, at most 1 / `smoothness`.
+
+    Raises:
+        ValueError: for a number out of range.
+        TypeError: for something that is not a number.
+
+    Example:
+        >>> from stam_jax import theory
+        >>> print(theory.step_size(smoothness=2.0, noise=1.0, decrease=1.0, steps=100))
+        0.1
+
+    References:
+        docs/method.md.
+    """
+    _check("step_size", smoothness, noise, decrease, steps, penalty, regularizer_penalty)
+    pull = penalty + regularizer_penalty
+    total = smoothness + pull
+    moved = 1 / total
+    if noise > 0:
+        moved = min(moved, math.sqrt(2 * decrease / (steps * total)) / noise)
+    # 1 - moved * pull, without the cancellation that a large pull would bring.
+    return moved / (smoothness / total + (1 / total - moved) * pull)
+
+
+def _check(
+    where: str,
+    smoothness: float,
+    noise: float,
+    decrease: float,
+    steps: int,
+    penalty: float,
+    regularizer_penalty: float,
+) -> None:
+    """Raise for constants that no problem has."""
+    values = {
+        "smoothness": smoothness,
+        "noise": noise,
+        "decrease": decrease,
+        "penalty": penalty,
+        "regularizer_penalty": regularizer_penalty,
+    }
+    _numbers.check_each(where, *((name, value, 0) for name, value in values.items()), ("steps", steps, 1))
+    for name in ("smoothness", "decrease"):
+        if values[name] == 0:
+            raise ValueError(f"{where}: {name} must be above 0; got {values[name]!r}.")
+
+
+class Smoothness(NamedTuple):
+    """An estimate of how fast a gradient turns.
+
+    Args:
+        value: the largest |eigenvalue| of the Hessian that was found.
+        change: by what share the last iteration changed it; small once it has settled.
+    """
+
+    value: jax.Array
+    change: jax.Array
+
+
+def estimate_smoothness(
+    loss: Callable[[Any], jax.Array], params: Any, *, key: jax.Array, iterations: int = 50
+) -> Smoothness:
+    r"""The largest |eigenvalue| of a loss's Hessian at a point, by power iteration.
+
+    $u \leftarrow H u / |H u|$ from a random start, with Hessian-vector products: about two gradients each,
+    and no Hessian in memory. The result rises towards the eigenvalue. It says how smooth the loss is *at this
+    point*: L of the theorem is the largest such number over all points that a run visits, so take the largest
+    of several, and know it for an estimate from below.
+
+    Args:
+        loss: a function of the parameters to a scalar, on the data that matter; twice differentiable.
+        params: the point, a pytree of arrays.
+        key: random key of the start.
+        iterations: Hessian-vector products to take.
+
+    Returns:
+        A `Smoothness`.
+
+    Raises:
+        ValueError: if `iterations` is below 1.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from stam_jax import theory
+        >>> loss = lambda w: 0.5 * jnp.sum(jnp.array([1.0, 5.0, -8.0]) * w**2)
+        >>> print(round(float(theory.estimate_smoothness(loss, jnp.ones(3), key=jax.random.key(0)).value), 4))
+        8.0
+
+    References:
+        Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6 (1994).
+    """
+    _numbers.check("estimate_smoothness", "iterations", iterations, low=1, finite=True, schedule=False)
+    return _power_iteration(loss, params, key, iterations)
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "iterations"))
+def _power_iteration(
+    loss: Callable[[Any], jax.Array], params: Any, key: jax.Array, iterations: int
+) -> Smoothness:
+    """The estimate after some Hessian-vector products."""
+    product = lambda u: jax.jvp(jax.grad(loss), (params,), (u,))[1]
+    norm = lambda u: jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(u)))
+
+    def scaled(u: Any) -> Any:
+        size = norm(u)
+        return jax.tree.map(lambda leaf: jnp.where(size > 0, leaf / jnp.where(size > 0, size, 1), 0), u)
+
+    def step(_: jax.Array, carry: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, jax.Array, jax.Array]:
+        u, value, _ = carry
+        turned = product(u)
+        return scaled(turned), norm(turned), value
+
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    start = [
+        jax.random.normal(k, jnp.shape(x), jnp.result_type(x)) for k, x in zip(keys, leaves, strict=True)
+    ]
+    zero = jnp.zeros((), jnp.result_type(*leaves))
+    carry = (scaled(jax.tree.unflatten(structure, start)), zero, zero)
+    _, value, before = jax.lax.fori_loop(0, iterations, step, carry)
+    return Smoothness(
+        value, jnp.where(value > 0, jnp.abs(value - before) / jnp.where(value > 0, value, 1), 0)
+    )

@@ -29,7 +29,12 @@ def fold(tree: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         A tree of the same structure for the same network.
+
+    Raises:
+        TypeError: for weights in anything but dictionaries.
     """
+    if not isinstance(tree["params"], dict):
+        raise TypeError(f"fold: params must be nested dictionaries; got {type(tree['params']).__name__}.")
     params, stats = _folded(tree["params"], tree["stats"])
     return {"params": params, "stats": stats}
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import rich.box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import stam_jax
@@ -33,7 +34,9 @@ def inspect(path: Path, console: Console) -> stam_jax.Report:
     report = stam_jax.report(tree)
     console.print(str(report), soft_wrap=True, highlight=False, markup=False)
     said = {name: value for name, value in metadata.items() if not isinstance(value, dict | list)}
+    # What a file says of itself may hold what a terminal obeys.
     words = ", ".join(f"{name} {value}" for name, value in said.items())
+    words = "".join(letter if letter.isprintable() else "?" for letter in words)
     size = path.stat().st_size
     console.print(
         f"The file has {size:,} bytes, {report.bytes_whole / size:.1f} times less than its arrays whole. "
@@ -65,7 +68,7 @@ def predict(path: Path, pictures: Sequence[Path], console: Console) -> list[Row]
     for row in rows:
         (label, chance), *others = row["labels"]
         rest = ", ".join(f"{name} {share:.1%}" for name, share in others)
-        table.add_row(row["picture"], label, f"{chance:.1%}", rest)
+        table.add_row(escape(row["picture"]), escape(label), f"{chance:.1%}", escape(rest))
     console.print(table)
     return rows
 
@@ -76,18 +79,25 @@ def read_picture(path: Path, images: Images) -> np.ndarray:
     Raises:
         SettingsError: if it cannot be read.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     height, width, channels = images.shape
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as opened:
+            image: Image.Image = opened
             # The middle of the picture, in the proportions of the images trained on.
             side = min(image.width / width, image.height / height)
             left, top = (image.width - side * width) / 2, (image.height - side * height) / 2
             box = (left, top, left + side * width, top + side * height)
             mode = "L" if channels == 1 else "RGB"
+            if image.mode.startswith("I;16"):  # Pillow would cut what is above 255 off.
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise SettingsError(f"cannot read the picture {path}: its pixels are not bytes.")
             resized = image.convert(mode).resize((width, height), Image.Resampling.BOX, box)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except SettingsError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SettingsError(f"cannot read the picture {path}: {error}") from error
     pixels = np.asarray(resized, np.float64).reshape(images.shape) * images.brightest / 255
     return np.round(pixels).astype(np.uint8)
@@ -132,6 +142,6 @@ def evaluate(path: Path, dataset: DatasetName | None, reading: Reading, console:
     for row in rows:
         recorded = "-" if row["recorded"] is None else f"{row['recorded']:.2%}"
         same = "" if row["recorded"] is None else "the same" if row["same"] else "[bold red]differs"
-        table.add_row(row["file"], f"{row['accuracy']:.2%}", recorded, same)
+        table.add_row(escape(row["file"]), f"{row['accuracy']:.2%}", recorded, same)
     console.print(table)
     return rows

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ import stam_jax
 from experiments import models
 from experiments.config import DatasetName, ModelName, Precision, SettingsError, TrainSettings
 from experiments.data import Images
+
+# What a file may ask for at most, lest a damaged one take all memory: sides of images, factors of channels.
+_LARGEST, _WIDEST = 4096, 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +99,16 @@ def load(path: Path) -> Stored:
     """
     try:
         said = stam_jax.packed_metadata(path)
-        model, precision, width = said["model"], said["precision"], float(said["width"])
+        model, precision, width = said["model"], said["precision"], said["width"]
         if model not in get_args(ModelName) or precision not in get_args(Precision):
             raise SettingsError(f"{path} holds a network {model!r} in {precision!r}, unknown here.")
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in said["images"].items()}
-        images = Images(**cast(Any, values))
+        if type(width) is not float or not 0 < width < _WIDEST:
+            raise SettingsError(f"{path} holds a network of the width {width!r}.")
+        images = _images(path, said["images"])
         _, params, stats = abstract(model, images, width, precision)
-        kinds = {"dataset": str, "method": str, "seed": int, "test_accuracy": float}
+        if said["dataset"] not in get_args(DatasetName):
+            raise SettingsError(f"{path} is of an image set {said['dataset']!r}, unknown here.")
+        kinds = {"method": str, "seed": int, "test_accuracy": float}
         for name, kind in kinds.items():
             if type(said[name]) is not kind:
                 raise SettingsError(f"{path} says that its {name} is {said[name]!r}.")
@@ -127,6 +133,36 @@ def load(path: Path) -> Stored:
         raise SettingsError(str(error)) from error
     except (TypeError, ValueError) as error:
         raise SettingsError(f"{path} holds another network than it says: {error}") from error
+
+
+def _images(path: Path, said: Any) -> Images:
+    """What a network has to know of its images, from what a file says of them."""
+    numbers = lambda values, count: (
+        isinstance(values, list)
+        and len(values) == count
+        and all(type(x) in (int, float) and abs(x) < 1e6 for x in values)
+    )
+    try:
+        shape, labels, brightest = said["shape"], said["labels"], said["brightest"]
+        fits = (
+            numbers(shape, 3)
+            and all(type(n) is int and 1 <= n <= _LARGEST for n in shape)
+            and shape[2] in (1, 3)
+            and isinstance(labels, list)
+            and all(isinstance(label, str) for label in labels)
+            and type(brightest) is int
+            and 1 <= brightest <= 255
+            and numbers(said["mean"], shape[2])
+            and numbers(said["deviation"], shape[2])
+        )
+    except (KeyError, TypeError) as error:
+        raise SettingsError(f"{path} does not say what images it reads: {error!r}.") from error
+    if not fits:
+        raise SettingsError(f"{path} says of its images what cannot be.")
+    mean, deviation = tuple(said["mean"]), tuple(said["deviation"])
+    return Images(
+        labels=tuple(labels), shape=tuple(shape), brightest=brightest, mean=mean, deviation=deviation
+    )
 
 
 def is_whole(path: Path, params: Any, stats: Any) -> bool:

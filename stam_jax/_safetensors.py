@@ -10,6 +10,7 @@ References:
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -29,10 +30,21 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _METADATA = "__metadata__"
-# No network has a header of a hundredth of this; the package has the same bound.
-_LONGEST_HEADER = 100_000_000
+# Some hundred thousand arrays; what is longer only takes time and memory to refuse.
+_LONGEST_HEADER = 16_000_000
+_MOST_AXES = 64  # As many as NumPy knows.
 
 T = TypeVar("T")
+
+
+def is_shape(value: Any) -> bool:
+    """Whether a value from a file can be the shape of an array."""
+    if not isinstance(value, list | tuple) or len(value) > _MOST_AXES:
+        return False
+    if not all(type(n) is int and n >= 0 for n in value):
+        return False
+    # Also of an empty array: what computes with shapes multiplies the other sides.
+    return math.prod(max(n, 1) for n in value) < 2**58
 
 
 class Entry(NamedTuple):
@@ -64,7 +76,11 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
 
     Raises:
         TypeError: for an array of a dtype that the format has no name for.
+        ValueError: for a name that the format cannot store.
     """
+    for name in arrays:
+        if name == _METADATA or not _is_text(name):
+            raise ValueError(f"the array {name!r} has a name that cannot be stored: rename it.")
     header: dict[str, Any] = {_METADATA: dict(metadata)}
     # The widest first, so that all are aligned.
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
@@ -82,20 +98,35 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
         begin = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    path = path.resolve()  # A link stays a link.
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        with part.open("wb") as file:
+        with part.open("xb") as file:
             file.write(len(text).to_bytes(8, "little"))
             file.write(text)
             for name in order:
                 array = arrays[name]
-                file.write(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
+                file.write(contents(array))
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
     return path.stat().st_size
+
+
+def contents(array: np.ndarray) -> Any:
+    """The bytes of an array as they are stored: in C order, little-endian."""
+    stored = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return stored.reshape(-1).view(np.uint8).data
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read(
@@ -166,10 +197,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(name: str, value: Any) -> Entry:
     """What the header says of one array, if that can be."""
     try:
-        dtype, shape, (begin, end) = _DTYPES[value["dtype"]], tuple(value["shape"]), value["data_offsets"]
+        dtype, shape, (begin, end) = _DTYPES[value["dtype"]], value["shape"], value["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"what its header says of the array {name!r} cannot be read.") from error
-    whole = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
+    whole = is_shape(shape) and all(type(n) is int and n >= 0 for n in (begin, end))
     if not whole or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"the bytes of the array {name!r} cannot make its shape.")
-    return Entry(dtype, shape, begin, end)
+    return Entry(dtype, tuple(shape), begin, end)

@@ -1,15 +1,19 @@
 """The deliverable: the quantised weights, read from the optimiser state of a training run."""
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from stam_jax import _state, _trees
 from stam_jax._state import StamState, assigned_quantizers
 from stam_jax.quantizers import HasCodes, Quantizer
+
+T = TypeVar("T")
 
 
 class QuantizedLeaf(NamedTuple):
@@ -105,24 +109,32 @@ def points(opt_state: Any, params: Any) -> dict[str, Point]:
                     f"The leaf {name!r} has shape {kept.shape} in opt_state and {x.shape} in params."
                 )
             found[name] = x, kept, quantizer
-    names = [name for name in weights if name in found]
-    xs, kepts, quantizers = zip(*(found[name] for name in names), strict=True) if names else ((), (), ())
-    said = _said(list(xs), list(kepts), quantizers)
-    return {
-        name: Point(latent, parts, quantizer, np.dtype(x.dtype))
-        for name, x, quantizer, (latent, parts) in zip(names, xs, quantizers, said, strict=True)
-    }
+    results: dict[str, Point] = {}
+    for leaves in _by_devices(found, lambda leaf: leaf[0]):
+        xs, kepts, quantizers = zip(*leaves.values(), strict=True)
+        said = _said(list(xs), list(kepts), quantizers)
+        for name, x, quantizer, (latent, parts) in zip(leaves, xs, quantizers, said, strict=True):
+            results[name] = Point(latent, parts, quantizer, np.dtype(x.dtype))
+    return {name: results[name] for name in weights if name in results}
+
+
+def _by_devices(leaves: dict[str, T], array_of: Callable[[T], jax.Array]) -> list[dict[str, T]]:
+    """Leaves apart by the devices that they lie on: a program takes only such as lie together."""
+    groups: dict[Any, dict[str, T]] = {}
+    for name, leaf in leaves.items():
+        array = array_of(leaf)
+        devices = None if isinstance(array, jax.core.Tracer) else frozenset(array.sharding.device_set)
+        groups.setdefault(devices, {})[name] = leaf
+    return list(groups.values())
 
 
 def hard_of(leaves: dict[str, Point]) -> dict[str, jax.Array]:
     """The hard weights of each leaf."""
-    hard = _made_whole(
-        [leaf.latent for leaf in leaves.values()],
-        [leaf.parts for leaf in leaves.values()],
-        tuple(leaf.quantizer for leaf in leaves.values()),
-        tuple(leaf.dtype for leaf in leaves.values()),
-    )
-    return dict(zip(leaves, hard, strict=True))
+    hard: dict[str, jax.Array] = {}
+    for group in _by_devices(leaves, lambda leaf: leaf.latent):
+        latents, parts, quantizers, dtypes = zip(*group.values(), strict=True)
+        hard |= zip(group, _made_whole(list(latents), list(parts), quantizers, dtypes), strict=True)
+    return {name: hard[name] for name in leaves}
 
 
 def quantized_leaves(opt_state: Any, params: Any) -> dict[str, QuantizedLeaf]:
@@ -164,7 +176,7 @@ def hard_params(opt_state: Any, params: Any) -> Any:
     `quantizer.contains` confirms: with `Binary` it is exactly alpha times +1 or -1, with one alpha per
     group. (The parameters themselves approach Q but round, and with `project="first"` they are a step
     behind: never test or ship those as binary.) Networks with batch normalisation want its statistics
-    estimated anew at these weights.
+    estimated anew at these weights. Inside jit, XLA may round the sums of `LeastSquares` otherwise than here.
 
     Args:
         opt_state: an optimiser state that holds one or more states of `stam`, however deep; see

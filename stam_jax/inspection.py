@@ -4,12 +4,14 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from stam_jax import _trees
 from stam_jax._groups import Groups
 from stam_jax._tables import aligned
-from stam_jax.packing import Packed, is_packed
+from stam_jax.packing import Packed, is_packed, precision_of
 from stam_jax.selection import select
 
 
@@ -95,6 +97,9 @@ def report(tree: Any) -> Report:
     Returns:
         A `Report`: print it, or read its `rows`.
 
+    Raises:
+        TypeError: with its name, for a leaf that is not an array of numbers.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from stam_jax import pack, report, stam
@@ -125,6 +130,8 @@ def _row(name: str, leaf: Any) -> LeafReport:
             bytes_packed=leaf.nbytes,
             why=_said(leaf.quantizer),
         )
+    if not hasattr(leaf, "dtype") or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        raise TypeError(f"report: the leaf {name!r} is {leaf!r}, not an array of numbers.")
     array = np.asarray(leaf)
     row = select({name: array}).rows[0]
     return LeafReport(
@@ -141,10 +148,11 @@ def _row(name: str, leaf: Any) -> LeafReport:
 
 def _groups(leaf: Packed) -> np.ndarray:
     """The weights of a leaf by the group that shares scales: [groups, weights]."""
-    whole, quantizer = leaf.unpack(), leaf.quantizer
-    if not isinstance(quantizer, Groups):
-        return np.asarray(whole).reshape(1, -1)
-    return np.asarray(quantizer.by_group(whole))
+    quantizer = leaf.quantizer
+    with precision_of([leaf]):
+        whole = leaf.unpack()
+        grouped = quantizer.by_group(whole) if isinstance(quantizer, Groups) else whole.reshape(1, -1)
+        return np.asarray(grouped)
 
 
 def _most_values(groups: np.ndarray) -> int:

@@ -1,6 +1,7 @@
 """Packed networks on disk: safetensors files with a few bits per quantised weight. See docs/format.md."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -8,15 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from stam_jax import _safetensors, _trees
-from stam_jax.packing import Packed, contained, is_packed, unpacked
-from stam_jax.quantizers import Binary, HasCodes, LeastSquares, PowerOfTwo, Ternary, Uniform
+from stam_jax.packing import Packed, contained, is_packed, precision_of, unpacked
+from stam_jax.quantizers import Binary, Coded, HasCodes, LeastSquares, PowerOfTwo, Ternary, Uniform
 
 VERSION = 1
 _KEY, _CODES, _SCALES = "stam_jax", "#codes", "#scales"
-_QUANTIZERS = (Binary, Ternary, Uniform, PowerOfTwo, LeastSquares)
+_QUANTIZERS = {cls.__name__: cls for cls in (Binary, Ternary, Uniform, PowerOfTwo, LeastSquares)}
+_DTYPES = {
+    np.dtype(dtype).name: np.dtype(dtype)
+    for dtype in ("float64", "float32", "float16", jnp.bfloat16, jnp.float8_e4m3fn, jnp.float8_e5m2)
+}
 
 
 class PackedFileError(ValueError):
@@ -71,21 +77,24 @@ def save_packed(path: str | Path, tree: Any, *, metadata: Mapping[str, Any] | No
             if key in arrays:
                 raise ValueError(f"save_packed: the name of the leaf {name!r} is taken: rename it.")
             arrays[key] = _array(name, part)
+    described = {name: _described(name, leaf) for name, leaf in packed.items()}
     _see_promises_kept(packed)
     body = {
         "version": VERSION,
         "bit_order": "little",
-        "packed": {name: _described(name, leaf) for name, leaf in packed.items()},
+        "packed": described,
         "metadata": dict(metadata or {}),
     }
     try:
-        text = json.dumps(body | {"sha256": _digest(body, arrays)}, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError) as error:
+        # As it will be read: keys that are numbers have become texts.
+        body = json.loads(json.dumps(body, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"save_packed: JSON cannot say the metadata: {error}") from error
+    text = json.dumps(body | {"sha256": _digest(body, arrays)}, separators=(",", ":"))
     try:
         return _safetensors.write(Path(path), arrays, {_KEY: text})
-    except TypeError as error:
-        raise TypeError(f"save_packed: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"save_packed: {error}") from error
 
 
 def load_packed(path: str | Path, like: Any = None, *, quantizers: Sequence[type[HasCodes]] = ()) -> Any:
@@ -99,17 +108,21 @@ def load_packed(path: str | Path, like: Any = None, *, quantizers: Sequence[type
         like: a tree with the names, shapes and dtypes of the one that was saved, such as the parameters (or
             `jax.ShapeDtypeStruct`s, or packed ones): the result has its structure. By default the result is a
             dictionary by name.
-        quantizers: classes of quantisers of your own that the file may name.
+        quantizers: classes of quantisers of your own that the file may name, with names of their own.
 
     Returns:
         The tree: a `Packed` for each leaf in few bits, a NumPy array for every other.
 
     Raises:
         PackedFileError: if the file is not what `save_packed` has written, or names an unknown quantiser.
-        ValueError: with its name, if a leaf of `like` differs from the file's.
+        ValueError: with its name, if a leaf of `like` differs from the file's; or for two quantisers of one
+            name.
         OSError: if the file cannot be read.
     """
     path = Path(path)
+    names = [cls.__name__ for cls in quantizers]
+    if len({*names, *_QUANTIZERS}) != len(names) + len(_QUANTIZERS):
+        raise ValueError(f"load_packed: the quantisers {', '.join(names)} must have names of their own.")
     body, arrays = _read(path, quantizers)
     leaves: dict[str, Any] = {}
     for name, leaf in body["packed"].items():
@@ -156,8 +169,9 @@ def _see_promises_kept(packed: dict[str, Packed]) -> None:
             _see_fit(leaf, leaf.codes, leaf.scales)
         except ValueError as error:
             raise ValueError(f"save_packed: the leaf {name!r}: {error}") from error
-    whole = unpacked(list(packed.values()))
-    held = contained(whole, tuple(leaf.quantizer for leaf in packed.values()))
+    with precision_of(packed.values()):
+        whole = unpacked(list(packed.values()))
+        held = contained(whole, tuple(leaf.quantizer for leaf in packed.values()))
     for (name, leaf), holds in zip(packed.items(), held, strict=True):
         if not holds:
             raise ValueError(
@@ -174,34 +188,64 @@ def _see_fit(leaf: Packed, codes: Any, scales: Any) -> None:
         raise ValueError(f"its codes are {codes.dtype}{list(codes.shape)} and not uint8{list(expected)}.")
     if scales.dtype not in (np.float32, np.float64):
         raise ValueError(f"its scales are {scales.dtype} and neither float32 nor float64.")
-    if 0 in leaf.shape:
-        return
-    abstract = (
-        jax.ShapeDtypeStruct(leaf.shape, np.uint8),
-        jax.ShapeDtypeStruct(scales.shape, np.float32),
-    )
     try:
-        shape = jax.eval_shape(leaf.quantizer.decode, *abstract).shape
+        shape = _shape_of_scales(leaf.quantizer, leaf.shape)
     except Exception as error:  # Whatever a quantiser says of shapes that it cannot use.
-        raise ValueError(f"codes and scales do not go together: {error}") from error
-    if shape != leaf.shape:
-        raise ValueError(f"its codes and scales make an array of shape {shape}, not {leaf.shape}.")
+        raise ValueError(f"its quantiser cannot have its shape: {error}") from error
+    if scales.shape != shape:
+        raise ValueError(f"its scales are of shape {list(scales.shape)} and not {list(shape)}.")
+
+
+@functools.lru_cache(maxsize=1024)
+def _shape_of_scales(quantizer: HasCodes, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the scales of an array."""
+    return jax.eval_shape(quantizer.scales, jax.ShapeDtypeStruct(shape, np.float32)).shape
+
+
+def _see_contents(name: str, quantizer: HasCodes, codes: np.ndarray, scales: np.ndarray) -> None:
+    """Raise for codes and scales of a leaf that its quantiser does not have."""
+    if not np.all(np.isfinite(scales)):
+        raise ValueError(f"the leaf {name!r} has scales that are not finite.")
+    if not isinstance(quantizer, Coded):
+        return
+    if np.any(scales < 0) or (quantizer.scale is None and np.any(scales != 1)):
+        raise ValueError(f"the leaf {name!r} has scales that {quantizer!r} does not have.")
+    if quantizer.level_count < 2**quantizer.bits:
+        flags = np.unpackbits(codes, axis=-1, bitorder="little")
+        flags = flags[..., : flags.shape[-1] // quantizer.bits * quantizer.bits]
+        fields = flags.reshape(*flags.shape[:-1], -1, quantizer.bits)
+        largest = np.max(fields @ (1 << np.arange(quantizer.bits, dtype=np.uint8)), initial=0)
+        if largest >= quantizer.level_count:
+            raise ValueError(f"the leaf {name!r} has a code {largest} that {quantizer!r} does not have.")
 
 
 def _described(name: str, leaf: Packed) -> dict[str, Any]:
     """What the file says of a packed leaf beside its codes and scales."""
     quantizer: Any = leaf.quantizer
+    kind = type(quantizer)
     if not dataclasses.is_dataclass(quantizer):
         raise TypeError(
             f"save_packed: the quantiser of the leaf {name!r}, {quantizer!r}, must be a dataclass for its "
             "options to be stored."
         )
-    options = {field.name: getattr(quantizer, field.name) for field in dataclasses.fields(quantizer)}
+    if _QUANTIZERS.get(kind.__name__, kind) is not kind:
+        raise TypeError(
+            f"save_packed: the quantiser of the leaf {name!r} is called {kind.__name__}, as one of "
+            "stam_jax is; rename it."
+        )
+    names = [field.name for field in dataclasses.fields(quantizer) if field.init]
+    options = {option: getattr(quantizer, option) for option in names}
+    for option, value in options.items():
+        if type(value) not in (int, float, str, bool, type(None)):
+            raise TypeError(
+                f"save_packed: the quantiser of the leaf {name!r} has the option {option}={value!r}; only "
+                "whole numbers, floats, texts, booleans and None can be stored."
+            )
     return {
         "shape": list(leaf.shape),
         "dtype": leaf.dtype.name,
         "bits": leaf.quantizer.bits,
-        "quantizer": {"name": type(quantizer).__name__, **options},
+        "quantizer": {"name": kind.__name__, "options": options},
     }
 
 
@@ -213,7 +257,7 @@ def _digest(body: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     for name in sorted(arrays):
         array = arrays[name]
         say([name, array.dtype.name, list(array.shape)])
-        digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(_safetensors.contents(array))
     return digest.hexdigest()
 
 
@@ -231,7 +275,7 @@ def _read(path: Path, quantizers: Sequence[type[HasCodes]] | None) -> tuple[dict
             version = said["version"]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError("what it says of itself cannot be read.") from error
-        if version != VERSION:
+        if type(version) is not int or version != VERSION:
             raise ValueError(f"it is of format version {version!r}; this release reads version {VERSION}.")
         if not isinstance(said.get("packed"), dict) or not isinstance(said.get("metadata"), dict):
             raise ValueError("what it says of itself is incomplete.")
@@ -243,7 +287,7 @@ def _read(path: Path, quantizers: Sequence[type[HasCodes]] | None) -> tuple[dict
         said = accept(texts, entries)
         if quantizers is None:
             return said, {}
-        known = {cls.__name__: cls for cls in (*_QUANTIZERS, *quantizers)}
+        known = _QUANTIZERS | {cls.__name__: cls for cls in quantizers}
         return said, {name: _leaf(name, value, entries, known) for name, value in said["packed"].items()}
 
     try:
@@ -251,9 +295,8 @@ def _read(path: Path, quantizers: Sequence[type[HasCodes]] | None) -> tuple[dict
         found = said.pop("sha256", None)
         if found != _digest(said, arrays):
             raise ValueError("its contents do not match its digest: it was altered or damaged.")
-        for name in packed:
-            if not np.all(np.isfinite(arrays[name + _SCALES])):
-                raise ValueError(f"the leaf {name!r} has scales that are not finite.")
+        for name, leaf in packed.items():
+            _see_contents(name, leaf.quantizer, arrays[name + _CODES], arrays[name + _SCALES])
     except ValueError as error:
         raise PackedFileError(f"{path}: {error}") from error
     return said | {"packed": packed}, arrays
@@ -264,13 +307,14 @@ def _leaf(
 ) -> Packed:
     """A packed leaf without its contents, which are seen to fit."""
     try:
-        options = dict(value["quantizer"])
-        kind, shape, dtype = options.pop("name"), tuple(value["shape"]), np.dtype(value["dtype"])
-        if not all(type(n) is int and 0 <= n < 2**63 for n in shape):
-            raise ValueError(f"its shape cannot be {list(shape)}")
+        kind, options = value["quantizer"]["name"], dict(value["quantizer"]["options"])
+        shape, dtype, bits = value["shape"], _DTYPES[value["dtype"]], value["bits"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"what it says of the leaf {name!r} cannot be read: {error}.") from error
-    if kind not in known:
+        raise ValueError(f"what it says of the leaf {name!r} cannot be read: {error!r}.") from error
+    if not _safetensors.is_shape(shape):
+        raise ValueError(f"the leaf {name!r} cannot have the shape that it says.")
+    shape = tuple(shape)
+    if not isinstance(kind, str) or kind not in known:
         raise ValueError(
             f"the leaf {name!r} has the quantiser {kind!r}, which is unknown here; known are "
             f"{', '.join(known)}. Name a class of your own in `quantizers`."
@@ -278,8 +322,12 @@ def _leaf(
     try:
         quantizer = known[kind](**options)
         hash(quantizer)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # Whatever a class says of options that it does not know.
         raise ValueError(f"the leaf {name!r} has a quantiser that cannot be: {error}") from error
+    if type(bits) is not int or not 1 <= bits <= 8 or bits != quantizer.bits:
+        raise ValueError(f"the leaf {name!r} has {bits!r} bits, and its quantiser {quantizer.bits!r}.")
+    if name in entries:
+        raise ValueError(f"it has the leaf {name!r} twice, packed and whole.")
     leaf = Packed(codes=None, scales=None, shape=shape, dtype=dtype, quantizer=quantizer)
     for part in (name + _CODES, name + _SCALES):
         if part not in entries:
@@ -300,7 +348,7 @@ def _in_shape_of(like: Any, leaves: dict[str, Any], path: Path) -> Any:
     wanted, structure = _trees.flatten_named(like, lambda node: is_packed(node) or _trees.is_masked(node))
     names = [name for name, leaf in wanted.items() if not _hole(leaf)]
     for name in [*names, *leaves]:
-        if name not in leaves or name not in wanted:
+        if name not in leaves or name not in names:
             where = "like has but the file lacks" if name not in leaves else "the file has but like lacks"
             raise ValueError(f"{path}: there is a leaf {name!r} that {where}.")
     for name in names:
@@ -311,4 +359,5 @@ def _in_shape_of(like: Any, leaves: dict[str, Any], path: Path) -> Any:
             raise ValueError(
                 f"{path}: the leaf {name!r} is {say(mine)} in the file and {say(theirs)} in like."
             )
-    return jax.tree.unflatten(structure, [leaves.get(name, leaf) for name, leaf in wanted.items()])
+    filled = [leaf if _hole(leaf) else leaves[name] for name, leaf in wanted.items()]
+    return jax.tree.unflatten(structure, filled)

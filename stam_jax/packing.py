@@ -1,8 +1,10 @@
 """A network whose quantised weights take few bits in memory, and its making whole inside jit."""
 
+import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -69,16 +71,17 @@ def is_packed(node: Any) -> bool:
     return isinstance(node, Packed)
 
 
-@functools.partial(jax.jit, static_argnames="bits")
-def _rows(codes: list[jax.Array], bits: tuple[int, ...]) -> list[jax.Array]:
-    """The codes of each array as the rows of `Packed`."""
+def _rows(codes: np.ndarray, bits: int) -> np.ndarray:
+    """The codes of an array as the rows of `Packed`."""
+    flags = (codes[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
+    shape = codes.shape or (1,)
+    return np.packbits(flags.reshape(*shape[:-1], shape[-1] * bits), axis=-1, bitorder="little")
 
-    def rows(codes: jax.Array, bits: int) -> jax.Array:
-        flags = (codes[..., None] >> jnp.arange(bits, dtype=jnp.uint8)) & 1
-        shape = codes.shape or (1,)
-        return jnp.packbits(flags.reshape(*shape[:-1], shape[-1] * bits), axis=-1, bitorder="little")
 
-    return [rows(*each) for each in zip(codes, bits, strict=True)]
+def precision_of(leaves: Iterable[Packed]) -> contextlib.AbstractContextManager[Any]:
+    """A context in which arrays of the dtypes of some leaves can be made."""
+    wide = any(leaf.dtype == np.float64 for leaf in leaves)
+    return jax.enable_x64(True) if wide else contextlib.nullcontext()
 
 
 @functools.partial(jax.jit, static_argnames="quantizers")
@@ -90,8 +93,9 @@ def contained(hard: list[jax.Array], quantizers: tuple[HasCodes, ...]) -> list[j
 def pack(opt_state: Any, params: Any) -> Any:
     r"""The quantised network of `hard_params`, its quantised leaves in few bits.
 
-    `unpack` gives back `hard_params(opt_state, params)`, bit for bit; that is checked here for every leaf,
-    and that it lies in its quantised set, so this is not for use inside jit.
+    `unpack` gives back `hard_params(opt_state, params)`, bit for bit (where that is not itself inside jit,
+    which may round scales otherwise). This is checked here for every leaf, and that it lies in its quantised
+    set, so this is not for use inside jit. The packed arrays lie on the default device.
 
     Args:
         opt_state: an optimiser state that holds one or more states of `stam`; see `quantized_leaves`.
@@ -124,15 +128,20 @@ def pack(opt_state: Any, params: Any) -> Any:
                 "codes and decode."
             )
     quantizers: Any = tuple(leaf.quantizer for leaf in leaves.values())
-    rows = _rows([leaf.parts[0] for leaf in leaves.values()], tuple(q.bits for q in quantizers))
     packed = {
-        name: Packed(codes, leaf.parts[1], leaf.latent.shape, leaf.dtype, quantizer)
-        for (name, leaf), codes, quantizer in zip(leaves.items(), rows, quantizers, strict=True)
+        name: Packed(
+            jnp.asarray(_rows(np.asarray(leaf.parts[0]), quantizer.bits)),
+            jnp.asarray(np.asarray(leaf.parts[1])),
+            leaf.latent.shape,
+            leaf.dtype,
+            quantizer,
+        )
+        for (name, leaf), quantizer in zip(leaves.items(), quantizers, strict=True)
     }
-    hard = hard_of(leaves)
+    hard = {name: np.asarray(y) for name, y in hard_of(leaves).items()}
     whole, held = unpacked(list(packed.values())), contained(list(hard.values()), quantizers)
     for name, array, holds in zip(leaves, whole, held, strict=True):
-        if not holds or np.asarray(array).tobytes() != np.asarray(hard[name]).tobytes():
+        if not holds or np.asarray(array).tobytes() != hard[name].tobytes():
             raise ValueError(
                 f"pack: the hard weights of the leaf {name!r} are not what its quantiser "
                 f"{leaves[name].quantizer!r} promises."
@@ -143,7 +152,8 @@ def pack(opt_state: Any, params: Any) -> Any:
 def unpack(tree: Any) -> Any:
     """A packed network made whole.
 
-    Inside jit it makes the device hold the packed bits, and each array whole only while it is used.
+    Inside jit it lets the device hold nothing but the packed bits between calls. While a call lasts, the
+    whole arrays are temporaries; on CPUs all of them at once.
 
     Args:
         tree: of arrays and `Packed`s.

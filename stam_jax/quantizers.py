@@ -69,8 +69,18 @@ class HasCodes(Quantizer, Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Coded(Groups, abc.ABC):
+class Coded(Groups, abc.ABC):
     """A quantised set whose points are said by codes and scales."""
+
+    @property
+    def level_count(self) -> int:
+        """How many levels there are; codes are below that."""
+        return 2**self.bits
+
+    @property
+    @abc.abstractmethod
+    def bits(self) -> int:
+        """Bits that one weight takes, beside the scales."""
 
     @abc.abstractmethod
     def _at_scales(self, scales: jax.Array) -> jax.Array:
@@ -128,7 +138,7 @@ class _Coded(Groups, abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Binary(_Coded):
+class Binary(Coded):
     r"""Two values per scale group, $Q = \{\alpha s : s \in \{-1,+1\}^n, \alpha \ge 0\}$.
 
     The projection is $P_Q(v) = \alpha\,\mathrm{sign}(v)$ with $\alpha = \mathrm{mean}|v|$ over the group
@@ -197,13 +207,18 @@ class Binary(_Coded):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Levels(_Coded):
+class _Levels(Coded):
     """Levels that are fixed but for one factor per group, symmetric about 0 and with 0 among them."""
 
     @property
     @abc.abstractmethod
     def _magnitudes(self) -> tuple[float, ...]:
         """The levels from 0 up to 1, at scale 1."""
+
+    @property
+    def level_count(self) -> int:
+        """How many levels there are: 0, and the others with both signs."""
+        return 2 * len(self._magnitudes) - 1
 
     @property
     def _bounds(self) -> tuple[float, ...]:
@@ -273,14 +288,16 @@ class _Levels(_Coded):
             return jnp.array(True)
         wide = jnp.promote_types(u.dtype, jnp.float32)
         size = jnp.abs(u).astype(wide)
-        slack = 4 * float(jnp.finfo(u.dtype).eps)
+        info = jnp.finfo(u.dtype)
+        # Small numbers are rounded to multiples of the smallest one.
+        slack, least = 4 * float(info.eps), 8 * float(info.smallest_subnormal)
         largest = jnp.max(size, axis=axes, keepdims=True)
         fits = jnp.zeros(largest.shape, bool)
         # The largest weight of the group may be any of the magnitudes.
         for magnitude in (1.0,) if self.scale is None else self._magnitudes[1:]:
             alpha = jnp.ones_like(largest) if self.scale is None else largest / magnitude
             q = self._pick(self._rank(size, alpha), wide)
-            near = jnp.abs(size - q * alpha) <= slack * q * alpha
+            near = jnp.abs(size - q * alpha) <= slack * q * alpha + least * (q > 0)
             fits |= jnp.all(near, axis=axes, keepdims=True)
         return jnp.all(fits) & jnp.all(jnp.isfinite(u))
 
@@ -417,7 +434,7 @@ class PowerOfTwo(_FewBits):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LeastSquares(_Coded):
+class LeastSquares(Coded):
     r"""Sums of binary weights, $Q = \{\sum_i \alpha_i s_i : s_i \in \{-1,+1\}^n, \alpha_i \ge 0\}$.
 
     A weight takes one of $2^{\text{bits}}$ values, which the scales $\alpha_i$ place: closer where the

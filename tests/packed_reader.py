@@ -42,8 +42,8 @@ def read(path: Path) -> dict[str, np.ndarray]:
         flags = np.unpackbits(rows, axis=-1, count=count, bitorder="little")
         codes = (flags.reshape(*shape, bits) << np.arange(bits)).sum(-1)
         table = levels(quantizer["name"], bits, arrays.pop(name + "#scales"))
-        if quantizer["scale"] == "group":
-            at = 1 if quantizer["axis"] == 0 else len(shape) - 2
+        if quantizer["options"]["scale"] == "group":
+            at = 1 if quantizer["options"]["axis"] == 0 else len(shape) - 2
             codes = codes.reshape(*shape[:at], table.shape[1 + at], -1, *shape[at + 1 :])
         table = np.broadcast_to(table, (len(table), *codes.shape))
         whole = np.take_along_axis(table, codes[None], axis=0)

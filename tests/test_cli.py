@@ -132,6 +132,15 @@ def test_evaluate_finds_the_recorded_accuracy_in_the_packed_files(comparison, ca
     assert "float" not in printed
 
 
+IMAGES = {
+    "labels": list("0123456789"),
+    "shape": [8, 8, 1],
+    "brightest": 16,
+    "mean": [5.0],
+    "deviation": [6.0],
+}
+
+
 def network_file(folder: Path) -> Path:
     return folder / "stam-seed0" / "packed.safetensors"
 
@@ -217,7 +226,15 @@ def test_a_file_of_another_network_than_it_says_is_refused(comparison, tmp_path,
     for said, words in (
         ({"width": 0.25}, "holds another network than it says"),
         ({"model": "resnet9"}, "holds a network 'resnet9' in 'float32', unknown here"),
-        ({"images": {}}, "holds another network than it says"),
+        ({"images": {}}, "does not say what images it reads"),
+        ({"images": IMAGES | {"labels": ["a", "b"]}}, "holds another network than it says"),
+        ({"images": IMAGES | {"shape": [10**6, 10**6, 1]}}, "says of its images what cannot be"),
+        ({"images": IMAGES | {"shape": [8, 8]}}, "says of its images what cannot be"),
+        ({"images": IMAGES | {"mean": ["5"]}}, "says of its images what cannot be"),
+        ({"images": IMAGES | {"labels": [1] * 10}}, "says of its images what cannot be"),
+        ({"images": None}, "does not say what images it reads"),
+        ({"width": 1e300}, "holds a network of the width 1e+300"),
+        ({"dataset": "cifar11"}, "is of an image set 'cifar11', unknown here"),
         ({"test_accuracy": "good"}, "says that its test_accuracy is 'good'"),
     ):
         assert main(["evaluate", altered(folder, tmp_path, **said)]) == 2
@@ -272,6 +289,25 @@ def test_predict_reads_pictures_of_any_size_as_the_network_read_its_own(comparis
     chances = stored.probabilities(network, digits.images[:10])
     np.testing.assert_allclose(chances.sum(axis=1), 1, rtol=1e-5)
     assert [line[1] for line in lines] == [network.images.labels[k] for k in chances.argmax(axis=1)]
+
+
+def test_pictures_of_two_bytes_a_pixel_are_read_as_those_of_one(comparison, tmp_path):
+    folder, _ = comparison
+    images = stored.load(network_file(folder)).images
+    ramp = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    Image.fromarray(ramp).save(tmp_path / "one.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "two.png")
+    one, two = (inference.read_picture(tmp_path / name, images) for name in ("one.png", "two.png"))
+    np.testing.assert_array_equal(two, one)
+    assert len(np.unique(one)) == 17
+
+
+def test_names_with_brackets_are_names(comparison, tmp_path, capsys):
+    folder, _ = comparison
+    (tmp_path / "b[").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "b[" / "c].png")
+    assert main(["predict", str(network_file(folder)), str(tmp_path / "b[" / "c].png")]) == 0
+    assert "b[/c].png" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_predict_says_what_it_cannot_read(comparison, tmp_path, capsys):

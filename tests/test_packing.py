@@ -1,9 +1,15 @@
 """Packed networks give back every bit, from memory and from disk; damaged files give nothing."""
 
+import concurrent.futures
 import dataclasses
+import enum
+import hashlib
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -277,15 +283,21 @@ def quantizer_as(**values: Any) -> Any:
     return lambda header, said: said["packed"]["a/kernel"]["quantizer"].update(values)
 
 
+def option_as(**values: Any) -> Any:
+    return lambda header, said: said["packed"]["a/kernel"]["quantizer"]["options"].update(values)
+
+
 def entry_as(**values: Any) -> Any:
     return lambda header, said: header["a/kernel#codes"].update(values)
 
 
+NOTHING = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
 CHANGES = {
     "version": (
         lambda header, said: said.update(version=2),
         "of format version 2; this release reads version 1",
     ),
+    "version of truth": (lambda header, said: said.update(version=True), "of format version True"),
     "no version": (lambda header, said: said.pop("version"), "cannot be read"),
     "bit order": (lambda header, said: said.update(bit_order="big"), "its bit order is 'big'"),
     "no list": (lambda header, said: said.update(packed=[]), "incomplete"),
@@ -293,25 +305,39 @@ CHANGES = {
     "digest": (lambda header, said: said.update(sha256="0" * 64), "do not match its digest"),
     "no digest": (lambda header, said: said.pop("sha256"), "do not match its digest"),
     "metadata": (lambda header, said: said["metadata"].update(seed=1), "do not match its digest"),
-    "shape bomb": (packed_as(shape=[10**6, 10**6, 10**6]), "its codes are"),
-    "endless shape": (packed_as(shape=[10**30, 4, 5]), "its shape cannot be"),
-    "shape of text": (packed_as(shape=["3", 4, 5]), "its shape cannot be"),
-    "negative shape": (packed_as(shape=[-3, -4, 5]), "its shape cannot be"),
-    "other shape": (packed_as(shape=[5, 4, 4]), "codes and scales|its codes are"),
+    "shape bomb": (packed_as(shape=[10**6, 10**6, 10**5]), "its codes are"),
+    "empty bomb": (packed_as(shape=[2**62, 0]), "cannot have the shape that it says"),
+    "endless shape": (packed_as(shape=[10**30, 4, 5]), "cannot have the shape that it says"),
+    "many axes": (packed_as(shape=[1] * 1000), "cannot have the shape that it says"),
+    "shape of text": (packed_as(shape=["3", 4, 5]), "cannot have the shape that it says"),
+    "shape of truths": (packed_as(shape=[True, 4, 5]), "cannot have the shape that it says"),
+    "negative shape": (packed_as(shape=[-3, -4, 5]), "cannot have the shape that it says"),
+    "other shape": (packed_as(shape=[5, 4, 4]), "its codes are"),
     "dtype": (packed_as(dtype="os.system"), "cannot be read"),
-    "quantiser": (
-        quantizer_as(name="Eval"),
-        "the quantiser 'Eval', which is unknown here; known are Binary, Ternary",
+    "structured dtype": (packed_as(dtype="<f4,<f4"), "cannot be read"),
+    "dtype that is code": (packed_as(dtype="(,,f4,f4"), "cannot be read"),
+    "dtype of nothing": (packed_as(dtype=None), "cannot be read"),
+    "dtype of integers": (packed_as(dtype="int8"), "cannot be read"),
+    "dtype of a list": (packed_as(dtype=["float32"]), "cannot be read"),
+    "bits": (packed_as(bits=7), "has 7 bits, and its quantiser 2"),
+    "quantiser": (quantizer_as(name="Eval"), "'Eval', which is unknown here; known are Binary, Ternary"),
+    "quantiser of a list": (quantizer_as(name=["Ternary"]), "which is unknown here"),
+    "no quantiser": (packed_as(quantizer=None), "cannot be read"),
+    "option": (option_as(colour="red"), "a quantiser that cannot be"),
+    "wrong option": (option_as(scale="rainbow"), "scale must be"),
+    "list option": (option_as(axis=[1]), "a quantiser that cannot be|cannot have its shape"),
+    "other axis": (option_as(axis=7), "its quantiser cannot have its shape"),
+    "other scales": (option_as(scale="tensor"), r"its scales are of shape \[1, 1, 5\] and not \[1, 1, 1\]"),
+    "leaf twice": (
+        lambda header, said: said["packed"].update({"b/0": said["packed"]["a/kernel"]}),
+        "lacks|twice",
     ),
-    "option": (quantizer_as(colour="red"), "a quantiser that cannot be"),
-    "wrong option": (quantizer_as(scale="rainbow"), "scale must be"),
-    "list option": (quantizer_as(rule=["exact"]), "a quantiser that cannot be"),
-    "other axis": (quantizer_as(axis=7), "do not go together"),
     "entry bomb": (entry_as(shape=[10**12]), "the bytes of the array 'a/kernel#codes' cannot make its shape"),
     "endless entry": (entry_as(data_offsets=[0, 10**40]), "cannot make its shape"),
     "entry dtype": (entry_as(dtype="F128"), "cannot be read"),
     "entry of list": (lambda header, said: header.update({"x": []}), "cannot be read"),
-    "overlap": (entry_as(data_offsets=[0, 24]), "does not begin where|cannot make its shape"),
+    "overlap": (entry_as(data_offsets=[0, 32]), "does not begin where the one before it ends"),
+    "axes": (entry_as(shape=[1] * 1000), "cannot make its shape"),
     "missing": (
         lambda header, said: said["packed"].update(b=said["packed"]["a/kernel"]),
         "lacks the array 'b#codes'",
@@ -361,7 +387,8 @@ def test_damage_anywhere_is_found(tmp_path, good):
     foreign += [
         (len(deep)).to_bytes(8, "little") + deep for deep in (b"[" * 10_000, b'{"a":' * 10_000, b"[]", b"1")
     ]
-    twice = b'{"a":{},"a":{}}'
+    entry = b'"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    twice = b"{" + entry + b"," + entry + b"}"
     foreign.append(len(twice).to_bytes(8, "little") + twice)
     damaged = [*cuts, *flips, *foreign]
     assert len(damaged) >= 400
@@ -374,13 +401,126 @@ def test_damage_anywhere_is_found(tmp_path, good):
             packed_metadata(path)
 
 
-def test_scales_that_are_not_finite_are_refused_though_the_digest_be_right(tmp_path):
+def signed(path: Path, **parts: Any) -> None:
+    """A file with a digest that is right, as docs/format.md says, whatever its leaf `kernel` holds."""
+    compact = lambda value: json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    arrays = {f"kernel#{part}": np.asarray(parts.pop(part)) for part in ("codes", "scales")}
+    said = {"version": 1, "bit_order": "little", "packed": {"kernel": parts}, "metadata": {}}
+    digest = hashlib.sha256(compact(said))
+    for name in sorted(arrays):
+        digest.update(compact([name, arrays[name].dtype.name, list(arrays[name].shape)]))
+        digest.update(arrays[name].tobytes())
+    text = json.dumps(said | {"sha256": digest.hexdigest()})
+    safetensors.numpy.save_file(arrays, path, {"stam_jax": text})
+
+
+TWO = {"shape": [2, 2], "dtype": "float32", "bits": 1, "codes": np.zeros((2, 1), np.uint8)}
+THREE = {"shape": [2, 1], "dtype": "float32", "bits": 2, "scales": np.ones((1, 1), np.float32)}
+
+
+@pytest.mark.parametrize("scales", [[1.0, np.inf], [np.nan, 1.0], [-1.0, 1.0]], ids=str)
+def test_scales_that_no_network_has_are_refused_though_the_digest_be_right(tmp_path, scales):
+    quantizer = {"name": "Binary", "options": {}}
+    signed(tmp_path / "file", **TWO, quantizer=quantizer, scales=np.ones((1, 2), np.float32))
+    assert load_packed(tmp_path / "file").keys() == {"kernel"}
+    signed(tmp_path / "file", **TWO, quantizer=quantizer, scales=np.array([scales], np.float32))
+    with pytest.raises(PackedFileError, match=r"the leaf 'kernel' has scales that"):
+        load_packed(tmp_path / "file")
+    without = {"name": "Binary", "options": {"scale": None}}
+    signed(tmp_path / "file", **TWO, quantizer=without, scales=np.full((1, 1), 3, np.float32))
+    with pytest.raises(PackedFileError, match="the leaf 'kernel' has scales that Binary"):
+        load_packed(tmp_path / "file")
+
+
+def test_codes_of_no_level_are_refused_though_the_digest_be_right(tmp_path):
+    quantizer = {"name": "Ternary", "options": {}}
+    signed(tmp_path / "file", **THREE, quantizer=quantizer, codes=np.array([[2], [0]], np.uint8))
+    np.testing.assert_array_equal(unpack(load_packed(tmp_path / "file"))["kernel"], [[1], [-1]])
+    signed(tmp_path / "file", **THREE, quantizer=quantizer, codes=np.array([[2], [3]], np.uint8))
+    with pytest.raises(PackedFileError, match="the leaf 'kernel' has a code 3 that Ternary"):
+        load_packed(tmp_path / "file")
+
+
+def test_a_packed_leaf_with_scales_that_are_not_finite_is_not_saved(tmp_path):
     params = {"kernel": jnp.ones((2, 2))}
     packed = pack(stam(0.1).init(params), params)["kernel"]
-    for scales in (jnp.full((1, 2), jnp.inf), jnp.full((1, 2), jnp.nan)):
-        leaf = Packed(packed.codes, scales, packed.shape, packed.dtype, packed.quantizer)
-        with pytest.raises(ValueError, match="the leaf 'kernel' does not hold what its quantiser Binary"):
-            save_packed(tmp_path / "file", {"kernel": leaf})
+    leaf = Packed(packed.codes, jnp.full((1, 2), jnp.inf), packed.shape, packed.dtype, packed.quantizer)
+    with pytest.raises(ValueError, match="the leaf 'kernel' does not hold what its quantiser Binary"):
+        save_packed(tmp_path / "file", {"kernel": leaf})
+
+
+def test_metadata_come_back_as_json_has_them(tmp_path):
+    """Among them names that are numbers, whose order is another one than that of their texts."""
+    save_packed(
+        tmp_path / "file", {"x": np.ones(2)}, metadata={"by epoch": {8: 0.5, 9: 0.5, 10: 0.5, 11: 0.5}}
+    )
+    assert packed_metadata(tmp_path / "file") == {"by epoch": {"8": 0.5, "9": 0.5, "10": 0.5, "11": 0.5}}
+    deep: Any = 0
+    for _ in range(10_000):
+        deep = [deep]
+    with pytest.raises(TypeError, match="JSON cannot say the metadata"):
+        save_packed(tmp_path / "file", {"x": np.ones(2)}, metadata={"deep": deep})
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "\ud800"])
+def test_names_that_the_file_cannot_store_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="has a name that cannot be stored: rename it"):
+        save_packed(tmp_path / "file", {name: np.ones(2)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_written_at_once_are_each_whole(tmp_path):
+    path = tmp_path / "file"
+    trees = [{"x": np.full(300_000, i, np.float32)} for i in range(3)]
+    save_packed(path, trees[0])
+
+    def write(tree: Any) -> None:
+        for _ in range(5):
+            save_packed(path, tree)
+            assert np.ptp(load_packed(path)["x"]) == 0
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, trees))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "there").write_bytes(b"")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    save_packed(tmp_path / "link", {"x": np.ones(2)})
+    assert (tmp_path / "link").is_symlink()
+    assert load_packed(tmp_path / "there").keys() == {"x"}
+
+
+def test_small_weights_of_half_precision_are_packed():
+    params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(64, 16)) * 1e-5, jnp.float16)}
+    for quantizer in (Uniform(bits=4), PowerOfTwo(bits=4)):
+        state = stam(0.1, quantizer=quantizer).init(params)
+        assert same_bits(unpack(pack(state, params)), hard_params(state, params))
+
+
+def test_leaves_may_lie_on_devices_of_their_own(tmp_path):
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from stam_jax import hard_params, pack, stam, unpack
+
+first, second, *_ = jax.devices()
+draw = lambda seed: jax.random.normal(jax.random.key(seed), (16, 8))
+apart = {"a": jax.device_put(draw(0), first), "b": jax.device_put(draw(1), second)}
+state = stam(0.1).init(apart)
+hard = hard_params(state, apart)
+for name, whole in unpack(pack(state, apart)).items():
+    np.testing.assert_array_equal(whole, hard[name])
+for axes in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(axes,))
+    with jax.set_mesh(mesh):
+        spread = {"a": jax.device_put(draw(0), NamedSharding(mesh, PartitionSpec(None, "d")))}
+        state = stam(0.1).init(spread)
+        whole = np.asarray(unpack(pack(state, spread))["a"])
+        np.testing.assert_array_equal(whole, np.asarray(hard_params(state, spread)["a"]))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "JAX_NUM_CPU_DEVICES": "8"})
 
 
 def test_weights_that_are_not_numbers_are_not_packed():
@@ -399,7 +539,7 @@ def test_weights_that_are_not_numbers_are_not_packed():
         ({"codes": np.zeros((2, 2), np.uint8)}, r"its codes are uint8\[2, 2\] and not uint8\[2, 1\]"),
         ({"codes": np.zeros((2, 1), np.int32)}, r"its codes are int32\[2, 1\]"),
         ({"scales": np.ones((1, 2), np.int32)}, "its scales are int32"),
-        ({"scales": np.ones((3, 5, 2), np.float32)}, "codes and scales do not go together"),
+        ({"scales": np.ones((3, 5, 2), np.float32)}, r"its scales are of shape \[3, 5, 2\] and not \[1, 2\]"),
     ],
 )
 def test_a_packed_leaf_that_does_not_fit_is_not_saved(tmp_path, change, words):
@@ -506,6 +646,31 @@ class Shifted:
 
     def contains(self, y: jax.Array) -> jax.Array:
         return jnp.all((y == 0) | (y == jnp.max(y)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Odd(Shifted):
+    """One with an option that no file can say."""
+
+    option: Any = ()
+
+
+def test_quantisers_that_a_file_cannot_say_are_refused(tmp_path):
+    class Kind(enum.StrEnum):
+        A = "a"
+
+    params = {"kernel": jnp.ones((2, 2))}
+    for option in ((), Kind.A, np.int64(2)):
+        parts = {"codes": np.zeros((2, 1), np.uint8), "scales": np.ones((), np.float32)}
+        leaf = Packed(**parts, shape=(2, 2), dtype=np.dtype("float32"), quantizer=Odd(option=option))
+        with pytest.raises(TypeError, match=r"of the leaf 'kernel' has the option option=.*; only whole"):
+            save_packed(tmp_path / "file", {"kernel": leaf})
+    impostor = type("Binary", (Shifted,), {})
+    with pytest.raises(TypeError, match="of the leaf 'kernel' is called Binary, as one of stam_jax is"):
+        save_packed(tmp_path / "file", pack(stam(0.1, quantizer=impostor()).init(params), params))
+    save_packed(tmp_path / "file", pack(stam(0.1).init(params), params))
+    with pytest.raises(ValueError, match="must have names of their own"):
+        load_packed(tmp_path / "file", quantizers=[impostor])
 
 
 def test_a_quantiser_of_ones_own_is_stored_by_its_name(tmp_path):

@@ -236,7 +236,7 @@ def _images_to_check(network: Stored, reading: Reading) -> tuple[np.ndarray, str
     Raises:
         SettingsError: if the image set was said to be somewhere where it is not, or has other images.
     """
-    name = network.dataset
+    name: Any = network.dataset
     if not _is_here(name, reading):
         random = np.random.default_rng(0)
         shape = (_CHECKED, *network.images.shape)
@@ -250,7 +250,7 @@ def _images_to_check(network: Stored, reading: Reading) -> tuple[np.ndarray, str
     return images.test.images[:_CHECKED], f"test images of {name}"
 
 
-def _is_here(name: DatasetName, reading: Reading) -> bool:
+def _is_here(name: str, reading: Reading) -> bool:
     """Whether an image set can be read without a download."""
     if name == "digits":
         return True

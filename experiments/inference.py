@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import rich.box
@@ -126,7 +126,10 @@ def evaluate(path: Path, dataset: DatasetName | None, reading: Reading, console:
     rows: list[Row] = []
     for file in files:
         network = stored.load(file)
-        images = grid.dataset(dataset or network.dataset, reading.data_dir, False)
+        name: Any = dataset or network.dataset
+        if name not in get_args(DatasetName):
+            raise SettingsError(f"{file} was trained on {name!r}, unknown here: name a --dataset.")
+        images = grid.dataset(name, reading.data_dir, False)
         if (images.shape, images.classes) != (network.images.shape, network.images.classes):
             raise SettingsError(
                 f"--dataset {dataset}: its images are {images.shape} of {images.classes} kinds, and "

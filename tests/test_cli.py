@@ -234,7 +234,7 @@ def test_a_file_of_another_network_than_it_says_is_refused(comparison, tmp_path,
         ({"images": IMAGES | {"labels": [1] * 10}}, "says of its images what cannot be"),
         ({"images": None}, "does not say what images it reads"),
         ({"width": 1e300}, "holds a network of the width 1e+300"),
-        ({"dataset": "cifar11"}, "is of an image set 'cifar11', unknown here"),
+        ({"dataset": "cifar11"}, "was trained on 'cifar11', unknown here: name a --dataset"),
         ({"test_accuracy": "good"}, "says that its test_accuracy is 'good'"),
     ):
         assert main(["evaluate", altered(folder, tmp_path, **said)]) == 2

@@ -210,7 +210,7 @@ def _see_contents(name: str, quantizer: HasCodes, codes: np.ndarray, scales: np.
         return
     if np.any(scales < 0) or (quantizer.scale is None and np.any(scales != 1)):
         raise ValueError(f"the leaf {name!r} has scales that {quantizer!r} does not have.")
-    if quantizer.level_count < 2**quantizer.bits:
+    if codes.size and quantizer.level_count < 2**quantizer.bits:
         flags = np.unpackbits(codes, axis=-1, bitorder="little")
         flags = flags[..., : flags.shape[-1] // quantizer.bits * quantizer.bits]
         fields = flags.reshape(*flags.shape[:-1], -1, quantizer.bits)

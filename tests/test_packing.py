@@ -441,6 +441,15 @@ def test_codes_of_no_level_are_refused_though_the_digest_be_right(tmp_path):
         load_packed(tmp_path / "file")
 
 
+@pytest.mark.parametrize("shape", [(0, 2), (2, 0), (0, 0)], ids=str)
+def test_leaves_without_weights_are_stored(tmp_path, shape):
+    params = {"kernel": jnp.zeros(shape)}
+    for quantizer in (Binary(), Ternary()):
+        state = stam(0.1, quantizer=quantizer).init(params)
+        save_packed(tmp_path / "file", pack(state, params))
+        assert same_bits(unpack(load_packed(tmp_path / "file", like=params)), params)
+
+
 def test_a_packed_leaf_with_scales_that_are_not_finite_is_not_saved(tmp_path):
     params = {"kernel": jnp.ones((2, 2))}
     packed = pack(stam(0.1).init(params), params)["kernel"]

@@ -12,6 +12,7 @@ import stam_jax
 from experiments import models
 from experiments.data import Split
 from experiments.devices import Layout
+from stam_jax.packing import contained
 
 _BATCH = 500
 
@@ -34,12 +35,6 @@ def _add_statistics(
     network(jax.lax.with_sharding_constraint(images, sharding), train=True)
     new = models.split(network)[2]
     return jax.tree.map(lambda total, new: total + share * new, total, new)
-
-
-@functools.partial(jax.jit, static_argnames="quantizers")
-def _contained(hard: list[jax.Array], quantizers: tuple[stam_jax.Quantizer, ...]) -> list[jax.Array]:
-    """Whether each array holds what its quantiser promises."""
-    return [quantizer.contains(y) for quantizer, y in zip(quantizers, hard, strict=True)]
 
 
 def accuracy(graph: Any, params: Any, stats: Any, split: Split, layout: Layout) -> float:
@@ -90,10 +85,10 @@ def checked_leaves(opt_state: Any, params: Any) -> dict[str, stam_jax.QuantizedL
     """
     leaves = stam_jax.quantized_leaves(opt_state, params)
     # Not in the program that makes them: what is checked are the numbers that it put out.
-    contained = _contained(
+    held = contained(
         [leaf.hard for leaf in leaves.values()], tuple(leaf.quantizer for leaf in leaves.values())
     )
-    for (name, leaf), holds in zip(leaves.items(), contained, strict=True):
+    for (name, leaf), holds in zip(leaves.items(), held, strict=True):
         if not holds:
             raise AssertionError(f"{name} is not binary: {np.unique(np.asarray(leaf.hard))[:5]}...")
     return leaves

@@ -13,7 +13,7 @@ import numpy as np
 
 from stam_jax import _trees
 from stam_jax.hard import hard_of, points
-from stam_jax.quantizers import HasCodes
+from stam_jax.quantizers import HasCodes, Quantizer
 
 
 @functools.partial(
@@ -85,7 +85,7 @@ def precision_of(leaves: Iterable[Packed]) -> contextlib.AbstractContextManager[
 
 
 @functools.partial(jax.jit, static_argnames="quantizers")
-def contained(hard: list[jax.Array], quantizers: tuple[HasCodes, ...]) -> list[jax.Array]:
+def contained(hard: list[jax.Array], quantizers: tuple[Quantizer, ...]) -> list[jax.Array]:
     """Whether each array lies in its quantised set."""
     return [quantizer.contains(y) for y, quantizer in zip(hard, quantizers, strict=True)]
 

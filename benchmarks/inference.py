@@ -26,13 +26,14 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments.config import ModelName, Precision, SettingsError
+from benchmarks import command
+from experiments.config import ModelName, Precision
 
 _SEVERAL = Parameter(consume_multiple=True, negative="")
 _COUNT = Parameter(validator=Number(gte=1))
@@ -193,18 +194,7 @@ def benchmark(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code, 2 for a wrong setting."""
-    app = App(
-        name="python -m benchmarks.inference",
-        default_command=benchmark,
-        version_flags=[],
-        suppress_keyboard_interrupt=False,
-    )
-    try:
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-    except (CycloptsError, SettingsError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return command.run("python -m benchmarks.inference", benchmark, arguments)
 
 
 if __name__ == "__main__":

@@ -32,13 +32,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-from experiments.config import Method, ModelName, Precision, SettingsError, TrainSettings
+from benchmarks import command
+from experiments.config import Method, ModelName, Precision, TrainSettings
 from experiments.data import Dataset, Split
 
 if TYPE_CHECKING:
@@ -400,18 +401,7 @@ def benchmark(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code, 2 for a wrong setting."""
-    app = App(
-        name="python -m benchmarks.training",
-        default_command=benchmark,
-        version_flags=[],
-        suppress_keyboard_interrupt=False,
-    )
-    try:
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-    except (CycloptsError, SettingsError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return command.run("python -m benchmarks.training", benchmark, arguments)
 
 
 if __name__ == "__main__":

@@ -267,7 +267,7 @@ def _read(path: Path, quantizers: Sequence[type[HasCodes]] | None) -> tuple[dict
     Quantisers are looked up unless they are None.
     """
 
-    def accept(texts: dict[str, str], entries: dict[str, _safetensors.Entry]) -> dict[str, Any]:
+    def accept(texts: dict[str, str], entries: dict[str, _safetensors.Entry]) -> tuple[Any, Any]:
         if _KEY not in texts:
             raise ValueError("it is a safetensors file, but none of save_packed.")
         try:
@@ -281,17 +281,13 @@ def _read(path: Path, quantizers: Sequence[type[HasCodes]] | None) -> tuple[dict
             raise ValueError("what it says of itself is incomplete.")
         if said.get("bit_order") != "little":
             raise ValueError(f"its bit order is {said.get('bit_order')!r}, and not 'little'.")
-        return said
-
-    def accept_all(texts: dict[str, str], entries: dict[str, _safetensors.Entry]) -> tuple[Any, Any]:
-        said = accept(texts, entries)
         if quantizers is None:
             return said, {}
         known = _QUANTIZERS | {cls.__name__: cls for cls in quantizers}
         return said, {name: _leaf(name, value, entries, known) for name, value in said["packed"].items()}
 
     try:
-        (said, packed), arrays = _safetensors.read(path, accept_all)
+        (said, packed), arrays = _safetensors.read(path, accept)
         found = said.pop("sha256", None)
         if found != _digest(said, arrays):
             raise ValueError("its contents do not match its digest: it was altered or damaged.")

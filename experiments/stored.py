@@ -102,7 +102,7 @@ def load(path: Path) -> Stored:
         model, precision, width = said["model"], said["precision"], said["width"]
         if model not in get_args(ModelName) or precision not in get_args(Precision):
             raise SettingsError(f"{path} holds a network {model!r} in {precision!r}, unknown here.")
-        if type(width) is not float or not 0 < width < _WIDEST:
+        if type(width) not in (int, float) or not 0 < width < _WIDEST:
             raise SettingsError(f"{path} holds a network of the width {width!r}.")
         images = _images(path, said["images"])
         _, params, stats = abstract(model, images, width, precision)

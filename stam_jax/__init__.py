@@ -6,7 +6,7 @@ always, and take the binary network from `hard_params(opt_state, params)`.
 
 from importlib.metadata import version as _version
 
-from stam_jax import schedules, theory
+from stam_jax import diagnostics, schedules, theory
 from stam_jax._state import StamState
 from stam_jax._transform import stam
 from stam_jax.admm import admm_quant
@@ -27,7 +27,7 @@ from stam_jax.quantizers import (
     Ternary,
     Uniform,
 )
-from stam_jax.regularizers import L1, Box, GroupLasso, Regularizer, Ridge
+from stam_jax.regularizers import L1, Box, GroupLasso, HasValue, Regularizer, Ridge
 from stam_jax.relaxations import (
     Hard,
     HardFrom,
@@ -40,6 +40,7 @@ from stam_jax.relaxations import (
 )
 from stam_jax.selection import Selection, select
 from stam_jax.straight_through import StraightThroughState, straight_through
+from stam_jax.tracing import StepDiagnostics, TraceState, trace_diagnostics
 
 __version__ = _version("stam-jax")
 
@@ -53,6 +54,7 @@ __all__ = [
     "HardFrom",
     "HasCodes",
     "HasLevels",
+    "HasValue",
     "L1Distance",
     "LeafReport",
     "LeastSquares",
@@ -71,13 +73,16 @@ __all__ = [
     "Selection",
     "SquaredDistance",
     "StamState",
+    "StepDiagnostics",
     "StraightThroughState",
     "Ternary",
+    "TraceState",
     "Uniform",
     "admm_quant",
     "binary_connect",
     "binary_relax",
     "bop",
+    "diagnostics",
     "hard_params",
     "load_packed",
     "md_tanh",
@@ -95,5 +100,6 @@ __all__ = [
     "stam",
     "straight_through",
     "theory",
+    "trace_diagnostics",
     "unpack",
 ]

@@ -1,11 +1,12 @@
 """Regularisers h of the constrained block z, each given by its prox.
 
 A regulariser is any hashable object with one method, `prox(v, step)`, the minimiser over u of
-`h(u) + |u - v|^2 / (2 step)`.
+`h(u) + |u - v|^2 / (2 step)`. One that also has `value(z)`, h itself, can be part of an objective that is
+measured.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,15 @@ class Regularizer(Protocol):
 
     def prox(self, v: jax.Array, step: jax.typing.ArrayLike) -> jax.Array:
         """The minimiser over u of h(u) + |u - v|^2 / (2 step), in the shape and dtype of v."""
+        ...
+
+
+@runtime_checkable
+class HasValue(Regularizer, Protocol):
+    """A regulariser that can say what it costs; `diagnostics.objective` asks for it."""
+
+    def value(self, z: jax.Array) -> jax.Array:
+        """h(z), a scalar of at least 0, infinite where z is not allowed; in float32 at least."""
         ...
 
 
@@ -52,6 +62,10 @@ class Box:
         # Selects, not `clip`: XLA on CPU works a clamp out twice and copies the state for it.
         return jnp.where(v > self.limit, self.limit, jnp.where(v < -self.limit, -self.limit, v))
 
+    def value(self, z: jax.Array) -> jax.Array:
+        """0 in the box, infinite outside."""
+        return jnp.where(jnp.all(jnp.abs(_widened(z)) <= self.limit), 0.0, jnp.inf)
+
 
 @dataclasses.dataclass(frozen=True)
 class Ridge:
@@ -78,6 +92,15 @@ class Ridge:
     def prox(self, v: jax.Array, step: jax.typing.ArrayLike) -> jax.Array:
         """The shrunken point v / (1 + step * strength)."""
         return v / (1 + step * self.strength)
+
+    def value(self, z: jax.Array) -> jax.Array:
+        """Half the strength times the squared norm."""
+        return self.strength / 2 * jnp.sum(jnp.square(_widened(z)))
+
+
+def _widened(v: jax.Array) -> jax.Array:
+    """V in the dtype that sums over it are taken in: float32 at least."""
+    return v.astype(jnp.promote_types(v.dtype, jnp.float32))
 
 
 def soft_threshold(v: jax.Array, threshold: jax.typing.ArrayLike) -> jax.Array:
@@ -111,6 +134,10 @@ class L1:
         """The point moved towards 0 by step * strength, entry by entry."""
         return soft_threshold(v, step * self.strength).astype(v.dtype)
 
+    def value(self, z: jax.Array) -> jax.Array:
+        """The strength times the sum of absolute values."""
+        return self.strength * jnp.sum(jnp.abs(_widened(z)))
+
 
 @dataclasses.dataclass(frozen=True)
 class GroupLasso:
@@ -139,8 +166,15 @@ class GroupLasso:
 
     def prox(self, v: jax.Array, step: jax.typing.ArrayLike) -> jax.Array:
         """Each channel shortened by step * strength, to 0 at the shortest."""
-        axes = tuple(i for i in range(v.ndim) if i != self.axis % max(v.ndim, 1))
-        wide = jnp.promote_types(v.dtype, jnp.float32)
-        length = jnp.sqrt(jnp.sum(jnp.square(v.astype(wide)), axis=axes, keepdims=True))
+        length = self._lengths(v)
         kept = jnp.maximum(length - step * self.strength, 0)
         return (v * jnp.where(length > 0, kept / jnp.where(length > 0, length, 1), 0)).astype(v.dtype)
+
+    def value(self, z: jax.Array) -> jax.Array:
+        """The strength times the sum of the channels' lengths."""
+        return self.strength * jnp.sum(self._lengths(z))
+
+    def _lengths(self, v: jax.Array) -> jax.Array:
+        """The length of each channel, with the axes of v."""
+        axes = tuple(i for i in range(v.ndim) if i != self.axis % max(v.ndim, 1))
+        return jnp.sqrt(jnp.sum(jnp.square(_widened(v)), axis=axes, keepdims=True))

@@ -6,7 +6,7 @@ times the residual R, and
 
 $$\frac1K \sum_{k<K} E|R_k|^2 \le \frac{2 (\Phi_0 - \Phi_{\inf})}{\hat\eta K} + L_\Phi \hat\eta \sigma^2 .$$
 
-The statement, its assumptions and its proof are this project's own; see docs/method.md.
+The statement, its assumptions and its proof are this project's own; see docs/theory.md.
 """
 
 import functools
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from stam_jax import _numbers
+from stam_jax.diagnostics import effective_step
 
 
 def bound(
@@ -57,7 +58,7 @@ def bound(
         0.004
 
     References:
-        docs/method.md.
+        docs/theory.md.
     """
     _check("bound", smoothness, noise, decrease, steps, penalty, regularizer_penalty)
     _numbers.check("bound", "learning_rate", learning_rate, finite=True, schedule=False)
@@ -68,7 +69,7 @@ def bound(
             f"got {learning_rate!r}."
         )
     pull = penalty + regularizer_penalty
-    moved = learning_rate / (1 + learning_rate * pull)
+    moved = effective_step(learning_rate, penalty=penalty, regularizer_penalty=regularizer_penalty)
     return 2 * decrease / (moved * steps) + (smoothness + pull) * moved * noise**2
 
 
@@ -108,7 +109,7 @@ def step_size(
         0.1
 
     References:
-        docs/method.md.
+        docs/theory.md.
     """
     _check("step_size", smoothness, noise, decrease, steps, penalty, regularizer_penalty)
     pull = penalty + regularizer_penalty

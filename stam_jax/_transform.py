@@ -57,7 +57,7 @@ def stam(
     $K = O(\varepsilon^{-4})$ steps, and the state is a counter. Without a penalty it is inertial STAM, which
     keeps a float copy of the weights; its default ends hard. Momentum, Adam, growing penalties and inertia
     lie outside of that theorem. The iteration and the theorem are this project's own formulation of the
-    publication's model and rate, whose own iteration was not available to it; `docs/method.md` has both.
+    publication's model and rate, whose own iteration was not available to it; `docs/theory.md` has both.
 
     Args:
         learning_rate: the step size $\eta$, at least 0. It, and every other number here, may be a schedule:

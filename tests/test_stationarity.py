@@ -1,0 +1,375 @@
+"""Residual, objective and flip work against NumPy, from their definitions; and the optimiser that records."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from stam_jax import (
+    L1,
+    Binary,
+    Box,
+    GroupLasso,
+    LinearBlend,
+    Ridge,
+    admm_quant,
+    diagnostics,
+    hard_params,
+    quantisation_gap,
+    quantized_leaves,
+    sign_flips,
+    stam,
+    trace_diagnostics,
+)
+from tests import helpers, reference
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+PROBLEM = reference.Problem.draw()
+START = {"kernel": PROBLEM.kernel, "bias": PROBLEM.bias}
+ETA, RHO = 0.05, 3.0
+
+# h as it is written down, and its prox, in NumPy.
+REGULARIZERS = {
+    "none": (None, lambda z: 0.0, lambda v, step: v),
+    "box": (
+        Box(0.4),
+        lambda z: 0.0 if np.all(np.abs(z) <= 0.4) else math.inf,
+        lambda v, step: np.minimum(np.maximum(v, -0.4), 0.4),
+    ),
+    "ridge": (Ridge(2.0), lambda z: np.sum(z**2), lambda v, step: v / (1 + 2 * step)),
+    "l1": (
+        L1(0.3),
+        lambda z: 0.3 * np.sum(np.abs(z)),
+        lambda v, step: np.sign(v) * np.maximum(np.abs(v) - 0.3 * step, 0),
+    ),
+    "group lasso": (
+        GroupLasso(0.3),
+        lambda z: 0.3 * sum(np.linalg.norm(z[:, c]) for c in range(z.shape[1])),
+        lambda v, step: np.stack([shortened(v[:, c], 0.3 * step) for c in range(v.shape[1])], axis=1),
+    ),
+}
+
+
+def shortened(v, by):
+    length = np.linalg.norm(v)
+    return v * max(length - by, 0) / length
+
+
+def numpy_terms(kernel, regularizer, tau):
+    """The pulls towards y and z, and the terms of Phi beyond the loss; the kernel is its own float block."""
+    _, h, prox = REGULARIZERS[regularizer]
+    y = reference.project(kernel)
+    z = prox(kernel, 1 / tau)
+    pull, bounded = RHO * (kernel - y), tau * (kernel - z)
+    return pull, bounded, RHO / 2 * np.sum((kernel - y) ** 2), h(z) + tau / 2 * np.sum((kernel - z) ** 2)
+
+
+def a_few_steps(steps: int = 3, **settings: Any) -> tuple[Any, Any]:
+    optimizer = stam(ETA, **settings)
+    params = helpers.start(PROBLEM)
+    state = helpers.begin(optimizer, params)
+    for _ in range(steps):
+        gradients = jax.grad(lambda params: helpers.loss(PROBLEM, params))(params)
+        params, state = helpers.take_step(optimizer, gradients, state, params)
+    return state, params
+
+
+@pytest.mark.parametrize("regularizer", REGULARIZERS)
+def test_the_residual_and_the_objective_are_those_of_the_model(regularizer):
+    tau, h = 1.5, REGULARIZERS[regularizer][0]
+    model: Any = {"penalty": RHO, "regularizer": h, "regularizer_penalty": tau if h else math.inf}
+    state, params = a_few_steps(**model)
+    kernel, bias = np.asarray(params["kernel"]), np.asarray(params["bias"])
+    kernel_gradient, bias_gradient = PROBLEM.gradient(kernel, bias)
+    pull, bounded, quantised, constrained = numpy_terms(kernel, regularizer, tau)
+
+    gradients = {"bias": jnp.asarray(bias_gradient), "kernel": jnp.asarray(kernel_gradient)}
+    found = diagnostics.residual(gradients, state, params, **model)
+    whole = np.linalg.norm(kernel_gradient + pull + bounded)
+    expected = {
+        "kernel": (whole, *map(np.linalg.norm, (kernel_gradient, pull, bounded))),
+        "bias": (np.linalg.norm(bias_gradient),) * 2 + (0.0, 0.0),
+    }
+    assert set(found.leaves) == {"kernel", "bias"}
+    for name, numbers in expected.items():
+        np.testing.assert_allclose(np.array(found.leaves[name]), numbers, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(
+        np.array(found.whole), np.hypot(*(np.array(expected[name]) for name in expected)), rtol=1e-12
+    )
+
+    loss = PROBLEM.loss(kernel, bias)
+    terms = diagnostics.objective(loss, state, params, **model)
+    np.testing.assert_allclose(
+        np.array(terms), [loss + quantised + constrained, loss, quantised, constrained], rtol=1e-12
+    )
+
+
+def test_the_objective_falls_at_every_step_without_noise():
+    model: Any = {"penalty": RHO, "regularizer": Ridge(0.2), "regularizer_penalty": 2.0}
+    optimizer = stam(1 / PROBLEM.smoothness(), **model)
+    params = helpers.start(PROBLEM)
+    state = helpers.begin(optimizer, params)
+    values = []
+    for _ in range(30):
+        loss, gradients = jax.value_and_grad(lambda params: helpers.loss(PROBLEM, params))(params)
+        values.append(float(diagnostics.objective(loss, state, params, **model).total))
+        params, state = helpers.take_step(optimizer, gradients, state, params)
+    assert np.all(np.diff(values) < 0)
+
+
+@pytest.mark.parametrize(("x", "cost"), [([[0.3], [-0.1]], 0.0), ([[0.3], [-0.5]], math.inf)])
+def test_a_regulariser_that_is_enforced_exactly_acts_on_x_itself(x, cost):
+    params = jnp.array(x)
+    state = stam(ETA, penalty=RHO, regularizer=Box(0.4)).init(params)
+    terms = diagnostics.objective(0.0, state, params, penalty=RHO, regularizer=Box(0.4))
+    assert terms.constrained == cost
+    with pytest.raises(ValueError, match="regularizer_penalty must be finite"):
+        diagnostics.residual(params, state, params, penalty=RHO, regularizer=Box(0.4))
+
+
+@pytest.mark.parametrize("name", [name for name in REGULARIZERS if name != "none"])
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_a_regulariser_says_what_it_costs(name, scale):
+    regularizer, h, _ = REGULARIZERS[name]
+    z = scale * np.random.default_rng(0).normal(size=(4, 3))
+    np.testing.assert_allclose(regularizer.value(jnp.asarray(z)), h(z), rtol=1e-12)
+
+
+@pytest.mark.parametrize("regularizer", [Ridge(1.0), L1(1.0), GroupLasso(1.0)])
+def test_costs_in_few_digits_are_summed_in_more(regularizer):
+    z = jnp.full((1, 70_000), 0.5, jnp.bfloat16)
+    found = regularizer.value(z)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, regularizer.value(z.astype(jnp.float32)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kappa", "project"), [(0.0, "first"), (0.5, "first"), (0.99, "first"), (1.0, "first"), (1.0, "last")]
+)
+def test_the_flip_work_is_that_of_its_definition(kappa, project):
+    """The iteration and J_k in NumPy, with y kept from step to step; y_0 is x_0."""
+    eta, rho = 0.1, 20.0
+    optimizer = stam(eta, penalty=rho, inertia=kappa, project=project)
+    loss = lambda params: helpers.loss(PROBLEM, params)
+    params = helpers.start(PROBLEM)
+    state = helpers.begin(optimizer, params)
+    lam, pull = eta * rho, (1 - kappa) * rho
+    carried = kappa * lam / (1 + lam)
+    x, bias = PROBLEM.kernel, PROBLEM.bias
+    v, y = x, x
+    merit = lambda x, bias, y: PROBLEM.loss(x, bias) + pull / 2 * np.sum((x - y) ** 2)
+    works, flips = [], 0
+    for k in range(20):
+        noises = {"kernel": PROBLEM.kernel_noise[k], "bias": PROBLEM.bias_noise[k]}
+        gradients = jax.tree.map(lambda g, e: g + e, jax.grad(loss)(params), noises)
+        before = (state, params)
+        params, state = helpers.take_step(optimizer, gradients, state, params)
+        found = diagnostics.flip_work(
+            loss, before, (state, params), learning_rate=eta, penalty=rho, inertia=kappa
+        )
+
+        d, bias_d = (g + noises[name] for name, g in zip(noises, PROBLEM.gradient(x, bias), strict=True))
+        w = v - eta * d
+        y_next = reference.project(v if project == "first" else w)
+        new_x, bias = (w + lam * y_next) / (1 + lam), bias - eta * bias_d
+        v = new_x + kappa * (w - new_x)
+        moved = new_x - carried * (y_next - y)
+        # With "last" it is not used: inertia 1 leaves no pull.
+        after = reference.project(v) if project == "first" else y_next
+        expected = merit(new_x, bias, after) - merit(moved, bias, y_next)
+        np.testing.assert_allclose(float(found), expected, rtol=1e-9, atol=1e-13)
+        flips += np.sum(y_next * y < 0)
+        works.append(expected)
+        x, y = new_x, y_next
+    assert np.ptp(works) > 0
+    # Without inertia the hard weights at most stay, and moving them is never work.
+    assert (np.max(works) <= 1e-13) == (kappa == 0)
+    if kappa > 0.9:
+        assert flips > 0
+
+
+def test_the_measures_work_inside_jit_for_part_of_a_network_and_for_few_digits():
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), helpers.start(PROBLEM))
+    model: Any = {"penalty": RHO}
+    optimizer = optax.chain(optax.trace(0.9), stam(ETA, **model))
+    state = helpers.begin(optimizer, params)
+    gradients = jax.tree.map(jnp.ones_like, params)
+
+    def measures(gradients, state, params):
+        return (
+            diagnostics.residual(gradients, state, params, **model),
+            diagnostics.objective(jnp.bfloat16(1.0), state, params, **model),
+        )
+
+    found = jax.jit(measures)(gradients, state, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, measures(gradients, state, params)
+    )
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    exact = measures(jax.tree.map(jnp.ones_like, wide), helpers.begin(optimizer, wide), wide)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02), found, exact)
+
+
+def test_the_effective_step_is_below_that_of_every_smoothness():
+    for rho, tau in [(0.0, 0.0), (10.0, 0.5), (1e8, 1e8)]:
+        step = diagnostics.effective_step(0.25, penalty=rho, regularizer_penalty=tau)
+        assert step == pytest.approx(1 / (4 + rho + tau), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("measure", "error", "words"),
+    [
+        (lambda s, p: diagnostics.residual(p, s, p, penalty=-1.0), ValueError, "residual: penalty"),
+        (lambda s, p: diagnostics.residual(p, s, p, penalty=math.inf), ValueError, "residual: penalty"),
+        (lambda s, p: diagnostics.residual({"a": p["kernel"]}, s, p), ValueError, r"kernel \(5, 3\)"),
+        (
+            lambda s, p: diagnostics.residual({**p, "kernel": p["kernel"].T}, s, p),
+            ValueError,
+            r"got bias \(3,\), kernel \(3, 5\)",
+        ),
+        (lambda s, p: diagnostics.residual(p, (), p), ValueError, "no StamState"),
+        (
+            lambda s, p: diagnostics.residual(p, s, p, regularizer=Ridge, regularizer_penalty=1.0),  # pyright: ignore
+            TypeError,
+            "regularizer must be an object",
+        ),
+        (
+            lambda s, p: diagnostics.objective(0.0, s, p, regularizer=Nameless()),
+            TypeError,
+            "regularizer must be an object with prox, value",
+        ),
+        (
+            lambda s, p: diagnostics.flip_work(len, (s, p), (s, p), learning_rate=0.1, penalty=math.inf),  # pyright: ignore
+            ValueError,
+            "flip_work: penalty",
+        ),
+        (
+            lambda s, p: diagnostics.flip_work(
+                len,  # pyright: ignore
+                (s, p),
+                (s, p),
+                learning_rate=0.1,
+                penalty=1.0,
+                inertia=1.5,
+            ),
+            ValueError,
+            "flip_work: inertia",
+        ),
+    ],
+)
+def test_measures_of_what_is_not_there_are_refused(measure, error, words):
+    with pytest.raises(error, match=words):
+        measure(stam(ETA, penalty=RHO).init(START), START)
+
+
+class Nameless:
+    def prox(self, v, step):
+        return v
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_what_is_recorded_is_what_one_would_measure_by_hand(every):
+    model: Any = {
+        "penalty": lambda count: 1.0 + count,
+        "regularizer": Ridge(0.5),
+        "regularizer_penalty": 2.0,
+    }
+    blend = LinearBlend(optax.linear_schedule(0.0, 1.0, 10))
+    plain = optax.chain(optax.trace(0.9), stam(ETA, relaxation=blend))
+    traced = trace_diagnostics(plain, every=every, **model)
+    noise = {"bias": PROBLEM.bias_noise, "kernel": 10 * PROBLEM.kernel_noise}
+
+    def step(carry: Any, gradients: Any) -> Any:
+        params, state = helpers.take_step(traced, gradients, carry[1], carry[0])
+        return (params, state), state.diagnostics
+
+    params = helpers.start(PROBLEM)
+    begun = helpers.begin(traced, params)
+    _, recorded = jax.jit(lambda carry: jax.lax.scan(step, carry, noise))((params, begun))
+
+    params = helpers.start(PROBLEM)
+    state = helpers.begin(plain, params)
+    expected: Any = ()
+    flips = []
+    for k in range(7):
+        gradients = jax.tree.map(lambda leaf, k=k: jnp.asarray(leaf[k]), noise)
+        new_params, new_state = helpers.take_step(plain, gradients, state, params)
+        if k % every == 0:
+            residual = diagnostics.residual(
+                gradients,
+                state,
+                params,
+                penalty=1.0 + k,
+                regularizer=Ridge(0.5),
+                regularizer_penalty=2.0,
+            )
+            before, after = (
+                quantized_leaves(*pair)["kernel"].hard for pair in ((state, params), (new_state, new_params))
+            )
+            expected = (
+                residual.whole.total,
+                quantisation_gap(new_state, new_params),
+                sign_flips(before, after),
+                optax.tree.norm(jax.tree.map(jnp.subtract, new_params, params)),
+            )
+            flips.append(float(expected[2]))
+        found = [field[k] for field in recorded]
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+        params, state = new_params, new_state
+    assert max(flips) > 0
+
+
+@pytest.mark.parametrize(
+    "inner", [stam(ETA, penalty=RHO), admm_quant(ETA, penalty=1.0, dual_every=2, hard_from=40)]
+)
+def test_a_recorded_optimiser_does_what_it_does_alone(inner):
+    traced = trace_diagnostics(inner)
+    assert all(np.isnan(field) for field in helpers.begin(traced, START).diagnostics)
+    expected, inner_state = helpers.train(inner, PROBLEM)
+    found, state = helpers.train(traced, PROBLEM)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    assert state.count == len(PROBLEM.bias_noise)
+    last = jax.tree.map(lambda leaf: leaf[-1], found)
+    hard = hard_params(state, last)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        hard,
+        last | {"kernel": hard_params(inner_state, jax.tree.map(lambda leaf: leaf[-1], expected))["kernel"]},
+    )
+    assert optax.tree.get(state, "diagnostics").residual > 0
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "words"),
+    [
+        (lambda: trace_diagnostics(len), TypeError, "optimizer must be an object with init, update"),  # pyright: ignore
+        (lambda: trace_diagnostics(stam(ETA), penalty=-1.0), ValueError, "trace_diagnostics: penalty"),
+        (lambda: trace_diagnostics(stam(ETA), every=0), ValueError, "trace_diagnostics: every"),
+        (
+            lambda: trace_diagnostics(stam(ETA), regularizer=Box()),
+            ValueError,
+            "regularizer_penalty must be finite",
+        ),
+        (lambda: trace_diagnostics(optax.sgd(ETA)).init(START), ValueError, "no StamState"),
+        (
+            lambda: trace_diagnostics(stam(ETA)).update(START, stam(ETA).init(START), START),
+            ValueError,
+            "a TraceState; got StamState",
+        ),
+    ],
+)
+def test_a_recorder_with_nothing_to_record_is_refused(build, error, words):
+    with pytest.raises(error, match=words):
+        build()
+
+
+def test_a_scale_per_tensor_is_measured_with_that_scale():
+    params = jnp.array([[3.0, 1.0]])
+    state = stam(ETA, penalty=RHO, quantizer=Binary(scale="tensor")).init(params)
+    assert diagnostics.objective(0.0, state, params, penalty=RHO).quantised == RHO / 2 * 2

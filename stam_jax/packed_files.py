@@ -118,6 +118,17 @@ def load_packed(path: str | Path, like: Any = None, *, quantizers: Sequence[type
         ValueError: with its name, if a leaf of `like` differs from the file's; or for two quantisers of one
             name.
         OSError: if the file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> import jax.numpy as jnp
+        >>> from stam_jax import load_packed, pack, save_packed, stam
+        >>> params = {"kernel": jnp.array([[1.0, -2.0], [-3.0, 0.0]]), "bias": jnp.array([0.3, 0.4])}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     size = save_packed(f"{folder}/network.safetensors", pack(stam(0.1).init(params), params))
+        ...     loaded = load_packed(f"{folder}/network.safetensors")
+        >>> print(loaded["bias"], loaded["kernel"].quantizer.bits)
+        [0.3 0.4] 1
     """
     path = Path(path)
     names = [cls.__name__ for cls in quantizers]
@@ -140,9 +151,21 @@ def packed_metadata(path: str | Path) -> dict[str, Any]:
     Args:
         path: of the file.
 
+    Returns:
+        A dictionary, as JSON gives it back: its keys are texts.
+
     Raises:
         PackedFileError: as `load_packed`; but for the quantisers, which are not looked up.
         OSError: if the file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> import jax.numpy as jnp
+        >>> from stam_jax import packed_metadata, save_packed
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     size = save_packed(f"{folder}/network.safetensors", {"bias": jnp.zeros(2)}, metadata={"seed": 0})
+        ...     print(packed_metadata(f"{folder}/network.safetensors"))
+        {'seed': 0}
     """
     return _read(Path(path), None)[0]["metadata"]
 

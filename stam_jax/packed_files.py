@@ -163,8 +163,9 @@ def packed_metadata(path: str | Path) -> dict[str, Any]:
         >>> import jax.numpy as jnp
         >>> from stam_jax import packed_metadata, save_packed
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     size = save_packed(f"{folder}/network.safetensors", {"bias": jnp.zeros(2)}, metadata={"seed": 0})
-        ...     print(packed_metadata(f"{folder}/network.safetensors"))
+        ...     path = f"{folder}/network.safetensors"
+        ...     size = save_packed(path, {"bias": jnp.zeros(2)}, metadata={"seed": 0})
+        ...     print(packed_metadata(path))
         {'seed': 0}
     """
     return _read(Path(path), None)[0]["metadata"]

@@ -1,5 +1,6 @@
 """The README's table of results, written from the kept runs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import runs
@@ -21,11 +22,20 @@ def updated(text: str, results: Path = ROOT / "experiments" / "results") -> str:
     Raises:
         SettingsError: if the page lacks the marks.
     """
-    before, begin, rest = text.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not (begin and end):
-        raise SettingsError(f"The page holds no part from {_BEGIN!r} to {_END!r}.")
     parts = [_section(path.parent) for path in sorted(results.glob(f"*/{runs.RESULT}"))]
+    return between(text, _BEGIN, _END, parts)
+
+
+def between(text: str, begin: str, end: str, parts: Sequence[str]) -> str:
+    """A page with what stands between two marks replaced by other parts.
+
+    Raises:
+        SettingsError: if the page lacks the marks.
+    """
+    before, begun, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (begun and ended):
+        raise SettingsError(f"The page holds no part from {begin!r} to {end!r}.")
     return before + "\n\n".join([begin, *parts, end]) + after
 
 

@@ -1,38 +1,48 @@
-"""The table of docs/benchmarks.md, written from the kept measurements.
+"""The tables of the documentation, written from the kept measurements.
 
-Run it with `python -m benchmarks.report`, after `python -m benchmarks.training --output FILE` has written the
-file that the table is from.
+Run it with `python -m benchmarks.report`, after a benchmark has written the file that a table is from.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from benchmarks import optimum, theorems
 from experiments.report import between
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "benchmarks.md"
-RESULTS = ROOT / "benchmarks" / "results" / "training-cpu.json"
-_BEGIN = "<!-- training: begin (written by `python -m benchmarks.report`) -->"
-_END = "<!-- training: end -->"
 
 
-def updated(text: str, results: Path = RESULTS) -> str:
-    """The page with the part between its two marks written anew.
+class Part(NamedTuple):
+    """A part of a page.
 
     Args:
-        text: the page.
-        results: what `benchmarks.training` wrote.
+        page: the file that it is in.
+        name: in the marks that it stands between.
+        results: what a benchmark wrote.
+        lines: the part's lines, from the rows of that.
+    """
+
+    page: Path
+    name: str
+    results: Path
+    lines: Callable[[list[dict[str, Any]]], list[str]]
+
+
+def updated(text: str, part: Part) -> str:
+    """A page with a part between its two marks written anew.
 
     Raises:
         SettingsError: if the page lacks the marks.
     """
-    return between(text, _BEGIN, _END, ["\n".join(_table(json.loads(results.read_text())))])
+    begin = f"<!-- {part.name}: begin (written by `python -m benchmarks.report`) -->"
+    lines = part.lines(json.loads(part.results.read_text()))
+    return between(text, begin, f"<!-- {part.name}: end -->", ["\n".join(lines)])
 
 
-def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """The lines of the table, and what was measured how."""
+def _training(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The lines of the table of training, and what was measured how."""
     first = rows[0]
     yield (
         f"{first['devices']} device of kind {first['device_kind']}, jax {first['jax']}; width "
@@ -64,9 +74,20 @@ def _spread(row: dict[str, Any], name: str, form: str) -> str:
     return f"{median} ({least} to {most})"
 
 
+_DOCS, _RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
+PARTS = (
+    Part(
+        _DOCS / "benchmarks.md", "training", _RESULTS / "training-cpu.json", lambda rows: [*_training(rows)]
+    ),
+    Part(_DOCS / "theory.md", "theorems", theorems.RESULTS, theorems.table),
+    Part(_DOCS / "theory.md", "optimum", optimum.RESULTS, optimum.table),
+)
+
+
 def main() -> None:
-    """Write the page anew, in place."""
-    PAGE.write_text(updated(PAGE.read_text()))
+    """Write every part anew, in place."""
+    for part in PARTS:
+        part.page.write_text(updated(part.page.read_text(), part))
 
 
 if __name__ == "__main__":

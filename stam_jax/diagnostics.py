@@ -183,15 +183,9 @@ def residual(
             "residual: regularizer_penalty must be finite where there is a regularizer; with inf it is "
             "enforced exactly, and the residual is not defined."
         )
-    weights, directions = _trees.named_leaves(params), _trees.named_leaves(gradients)
-    if {name: jnp.shape(x) for name, x in weights.items()} != {
-        name: jnp.shape(d) for name, d in directions.items()
-    }:
-        raise ValueError(
-            f"residual: gradients must have the leaves of params, in shape too: {_shapes(weights)}; "
-            f"got {_shapes(directions)}."
-        )
+    directions = _matching("residual", gradients, params)
     points = _points(opt_state, params)
+    weights = _trees.named_leaves(params)
     return _residual(weights, directions, points, penalty, regularizer_penalty, regularizer)
 
 
@@ -246,6 +240,7 @@ def objective(
 
 def flip_work(
     loss: Callable[[Any], jax.Array],
+    gradients: Any,
     before: tuple[Any, Any],
     after: tuple[Any, Any],
     *,
@@ -255,23 +250,24 @@ def flip_work(
 ) -> jax.Array:
     r"""What it cost to move the quantised weights in one step, $J_k$ of the theorem with inertia.
 
-    With $\tilde\rho = (1 - \kappa)\rho$, $\lambda = \eta\rho$, $c = \kappa\lambda/(1+\lambda)$ and
-    $x' = x_{k+1} - c\,(y_{k+1} - y_k)$, the point that the gradient and the pull alone would have led to,
+    With $\tilde\rho = (1 - \kappa)\rho$, $\hat\eta = \eta / (1 + \eta\rho)$ and the quantised weights
+    $q_k = P_Q(v_k)$, let $M(x, q) = f(x) + (\tilde\rho/2)|x - q|^2$. The gradient and the pull alone would
+    have led to $x' = x_k - \hat\eta\,(d_k + \tilde\rho\,(x_k - q_k))$. What is left of the step comes of
+    new signs and scales:
 
-    $$J_k = f(x_{k+1}) + \tfrac{\tilde\rho}{2}|x_{k+1} - y_{k+2}|^2
-          - f(x') - \tfrac{\tilde\rho}{2}|x' - y_{k+1}|^2 .$$
+    $$J_k = M(x_{k+1}, q_{k+1}) - M(x', q_k).$$
 
-    Without inertia it is never positive. With it, a negative sum over a run says that carrying the weights
-    along as signs flip paid for itself, and the theorem's rate stands as long as the sum stays bounded. It
-    holds for `stam(learning_rate, penalty=penalty, inertia=inertia)` with constant numbers and no
-    regulariser, `project="first"`, or either order where the inertia is 1. It takes two losses; their
-    difference has their rounding, so sum it up in float64 or with a grain of salt.
+    With plain gradients, constant numbers and no regulariser, `theory.bound` bounds the residual once the
+    sum of $J_k$ over the run is added to its `decrease`, for every inertia and either order of projection.
+    Without inertia, and with `project="first"`, no $J_k$ is positive. A negative sum says that carrying the
+    weights along as signs flip paid for itself. It takes two losses, whose difference has their rounding.
 
     Args:
         loss: f, a function of the parameters to a scalar, on the data that matter; the same function object
             at every call, for it is compiled.
-        before: `(opt_state, params)` before the step, k.
-        after: `(opt_state, params)` after it, k + 1.
+        gradients: $d_k$, the stochastic gradient that the step was taken with, a tree like the parameters.
+        before: `(opt_state, params)` before the step.
+        after: `(opt_state, params)` after it.
         learning_rate: $\eta$ of `stam`.
         penalty: $\rho$ of `stam`.
         inertia: $\kappa$ of `stam`.
@@ -280,23 +276,23 @@ def flip_work(
         $J_k$, a scalar.
 
     Raises:
-        ValueError: as `quantized_leaves`; for a number out of range.
+        ValueError: as `quantized_leaves`; for gradients that do not match the parameters, or a number out of
+            range.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
         >>> from stam_jax import diagnostics, stam
         >>> loss = lambda w: jnp.sum((w + 1.0) ** 2)
-        >>> settings = {"penalty": 2.0, "inertia": 1.0}
-        >>> optimizer = stam(0.25, project="first", **settings)
+        >>> settings = {"learning_rate": 0.25, "penalty": 2.0, "inertia": 1.0}
+        >>> optimizer = stam(**settings)
         >>> params = jnp.array([[0.5], [-2.0]])
         >>> state = optimizer.init(params)
         >>> work = 0.0
         >>> for _ in range(20):
-        ...     updates, new_state = optimizer.update(jax.grad(loss)(params), state, params)
-        ...     new_params = optax.apply_updates(params, updates)
-        ...     pair = (state, params), (new_state, new_params)
-        ...     work += diagnostics.flip_work(loss, *pair, learning_rate=0.25, **settings)
-        ...     state, params = new_state, new_params
+        ...     before, gradients = (state, params), jax.grad(loss)(params)
+        ...     updates, state = optimizer.update(gradients, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        ...     work += diagnostics.flip_work(loss, gradients, before, (state, params), **settings)
         >>> print(work < 0, jnp.sign(params).T)
         True [[-1. -1.]]
 
@@ -306,8 +302,9 @@ def flip_work(
     _numbers.check("flip_work", "learning_rate", learning_rate, finite=True, schedule=False)
     _numbers.check("flip_work", "penalty", penalty, finite=True, schedule=False)
     _numbers.check("flip_work", "inertia", inertia, high=1.0, schedule=False)
+    directions = _matching("flip_work", gradients, before[1])
     states = [_points(*pair) for pair in (before, after)]
-    return _flip_work(before[1], after[1], *states, learning_rate, penalty, inertia, loss)
+    return _flip_work(before[1], after[1], directions, *states, learning_rate, penalty, inertia, loss)
 
 
 def effective_step(
@@ -358,6 +355,18 @@ def _check_model(where: str, penalty: Any, regularizer: Any, regularizer_penalty
     _numbers.check(where, "regularizer_penalty", regularizer_penalty, schedule=False)
     if regularizer is not None:
         _state.check_has(where, "regularizer", regularizer, "prox")
+
+
+def _matching(where: str, gradients: Any, params: Any) -> dict[str, jax.Array]:
+    """The gradients by name, once they are seen to have the leaves of the parameters."""
+    weights, directions = _trees.named_leaves(params), _trees.named_leaves(gradients)
+    shapes = [{name: jnp.shape(leaf) for name, leaf in leaves.items()} for leaves in (weights, directions)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{where}: gradients must have the leaves of params, in shape too: {_shapes(weights)}; "
+            f"got {_shapes(directions)}."
+        )
+    return directions
 
 
 def _shapes(leaves: dict[str, jax.Array]) -> str:
@@ -436,6 +445,7 @@ def _objective(
 def _flip_work(
     weights: Any,
     new_weights: Any,
+    gradients: dict[str, jax.Array],
     points: dict[str, _Point],
     new_points: dict[str, _Point],
     eta: jax.typing.ArrayLike,
@@ -443,22 +453,18 @@ def _flip_work(
     kappa: jax.typing.ArrayLike,
     loss: Callable[[Any], jax.Array],
 ) -> jax.Array:
-    """The cost of moving y, and x along with it."""
+    """The cost of moving the quantised weights, and x along with them."""
     pull = (1 - kappa) * rho
-    lam = eta * rho
-    carried = kappa * lam / (1 + lam)
-    before = _trees.named_leaves(weights)
+    moved = effective_step(eta, penalty=rho)
+    arrived = _trees.named_leaves(new_weights)
 
-    # c (y_{k+1} - y_k) without either y: v - x = kappa lam (x - y) after a step, and 0 before the first.
-    def unmoved(name: str, new_x: jax.Array) -> jax.Array:
+    def alone(name: str, x: jax.Array) -> jax.Array:
         if name not in points:
-            return new_x
-        x, v, new_v = before[name], points[name].v, new_points[name].v
-        displaced = ((new_v - new_x) - (v - x)) / (1 + lam)
-        return (new_x - carried * (new_x - x) + displaced).astype(new_x.dtype)
+            return arrived[name]
+        return (x - moved * (gradients[name] + pull * (x - points[name].y))).astype(x.dtype)
 
     def merit(params: Any, at: dict[str, _Point]) -> jax.Array:
         leaves = _trees.named_leaves(params)
         return loss(params) + pull / 2 * sum(_square(leaves[name] - point.y) for name, point in at.items())
 
-    return merit(new_weights, new_points) - merit(_trees.map_named(unmoved, new_weights), points)
+    return merit(new_weights, new_points) - merit(_trees.map_named(alone, weights), points)

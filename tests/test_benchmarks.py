@@ -5,9 +5,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks import inference, training
+from benchmarks import inference, optimum, training
 
 TINY = ("--models", "resnet8", "--width", "0.125", "--batch-sizes", "16", "--rounds", "1", "--steps", "2")
 
@@ -96,3 +97,29 @@ def test_every_form_of_a_packed_network_is_measured(capsys):
 def test_the_packed_forms_refuse_a_wrong_setting(capsys):
     assert inference.main(["--rounds", "0"]) == 2
     assert "--rounds" in capsys.readouterr().err
+
+
+def test_the_best_signs_are_the_best_of_all():
+    """By trying scales as well, for the first three patterns and the best."""
+    problem = optimum.draw("arbitrary", 3)
+    everything = optimum.patterns()
+    assert len(np.unique(everything, axis=0)) == 2**optimum.WEIGHTS
+    found = optimum.losses(problem, everything)
+    scales = np.linspace(0, 3, 3001)
+    for row in (0, 1, 2, int(np.argmin(found))):
+        fits = scales[:, None] * (problem.inputs @ everything[row])
+        tried = np.sum((fits - problem.targets) ** 2, axis=1) / (2 * optimum.ROWS)
+        assert found[row] <= np.min(tried) + 1e-12
+        assert found[row] == pytest.approx(np.min(tried), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_table_of_optima_can_be_made_anew():
+    kept = {(row["kind"], row["method"]): row for row in json.loads(optimum.RESULTS.read_text())}
+    assert {method for _, method in kept} == {optimum.ROUNDED, *optimum.METHODS}
+    for row in optimum.measure(count=10, methods=("stam_proximal", "binary_connect")):
+        before = kept[row["kind"], row["method"]]
+        assert 0 <= row["optimal"] <= row["within_5_percent"] <= 10
+        # The first ten problems are the same ones.
+        assert row["optimal"] <= before["optimal"]
+        assert 10 - row["optimal"] <= before["problems"] - before["optimal"]

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 PROBLEM = reference.Problem.draw()
 START = {"kernel": PROBLEM.kernel, "bias": PROBLEM.bias}
 ETA, RHO = 0.05, 3.0
+LOSS = lambda params: jnp.sum(params["kernel"])
 
 # h as it is written down, and its prox, in NumPy.
 REGULARIZERS = {
@@ -148,18 +149,20 @@ def test_costs_in_few_digits_are_summed_in_more(regularizer):
     np.testing.assert_allclose(found, regularizer.value(z.astype(jnp.float32)), rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("kappa", "project"), [(0.0, "first"), (0.5, "first"), (0.99, "first"), (1.0, "first"), (1.0, "last")]
-)
-def test_the_flip_work_is_that_of_its_definition(kappa, project):
-    """The iteration and J_k in NumPy, with y kept from step to step; y_0 is x_0."""
+@pytest.mark.parametrize("project", ["first", "last"])
+@pytest.mark.parametrize("kappa", [0.0, 0.5, 0.99, 1.0])
+def test_the_flip_work_is_what_moving_the_binary_weights_costs(kappa, project):
+    """In NumPy: x+ is x' carried along with y; the work is the cost of that, and of the change of y itself.
+
+    With "first" the binary weights of a step are its y+, and x is carried by kappa lam / (1 + lam) of how y
+    moved; with "last" they are the y+ of the step before, and the whole lam / (1 + lam) carries.
+    """
     eta, rho = 0.1, 20.0
     optimizer = stam(eta, penalty=rho, inertia=kappa, project=project)
     loss = lambda params: helpers.loss(PROBLEM, params)
     params = helpers.start(PROBLEM)
     state = helpers.begin(optimizer, params)
     lam, pull = eta * rho, (1 - kappa) * rho
-    carried = kappa * lam / (1 + lam)
     x, bias = PROBLEM.kernel, PROBLEM.bias
     v, y = x, x
     merit = lambda x, bias, y: PROBLEM.loss(x, bias) + pull / 2 * np.sum((x - y) ** 2)
@@ -169,26 +172,30 @@ def test_the_flip_work_is_that_of_its_definition(kappa, project):
         gradients = jax.tree.map(lambda g, e: g + e, jax.grad(loss)(params), noises)
         before = (state, params)
         params, state = helpers.take_step(optimizer, gradients, state, params)
-        found = diagnostics.flip_work(
-            loss, before, (state, params), learning_rate=eta, penalty=rho, inertia=kappa
-        )
+        settings = {"learning_rate": eta, "penalty": rho, "inertia": kappa}
+        found = diagnostics.flip_work(loss, gradients, before, (state, params), **settings)
 
         d, bias_d = (g + noises[name] for name, g in zip(noises, PROBLEM.gradient(x, bias), strict=True))
+        hard = reference.project(v)
         w = v - eta * d
-        y_next = reference.project(v if project == "first" else w)
-        new_x, bias = (w + lam * y_next) / (1 + lam), bias - eta * bias_d
+        new_y = reference.project(v if project == "first" else w)
+        new_x, bias = (w + lam * new_y) / (1 + lam), bias - eta * bias_d
         v = new_x + kappa * (w - new_x)
-        moved = new_x - carried * (y_next - y)
-        # With "last" it is not used: inertia 1 leaves no pull.
-        after = reference.project(v) if project == "first" else y_next
-        expected = merit(new_x, bias, after) - merit(moved, bias, y_next)
+        if project == "first":
+            alone = new_x - kappa * lam / (1 + lam) * (new_y - y)
+        else:
+            # Before the first step x is its own y; from then on the hard weights are y.
+            carried = kappa * lam * (hard - y) if k == 0 else 0.0
+            alone = new_x - (lam * (new_y - hard) + carried) / (1 + lam)
+        expected = merit(new_x, bias, reference.project(v)) - merit(alone, bias, hard)
         np.testing.assert_allclose(float(found), expected, rtol=1e-9, atol=1e-13)
-        flips += np.sum(y_next * y < 0)
+        flips += np.sum(new_y * y < 0)
         works.append(expected)
-        x, y = new_x, y_next
+        x, y = new_x, new_y
     assert np.ptp(works) > 0
-    # Without inertia the hard weights at most stay, and moving them is never work.
-    assert (np.max(works) <= 1e-13) == (kappa == 0)
+    if project == "first":
+        # Without inertia the hard weights are at their best, and moving them never costs.
+        assert (np.max(works) <= 1e-13) == (kappa == 0)
     if kappa > 0.9:
         assert flips > 0
 
@@ -245,18 +252,18 @@ def test_the_effective_step_is_below_that_of_every_smoothness():
             "regularizer must be an object with prox, value",
         ),
         (
-            lambda s, p: diagnostics.flip_work(len, (s, p), (s, p), learning_rate=0.1, penalty=math.inf),  # pyright: ignore
+            lambda s, p: diagnostics.flip_work(LOSS, p, (s, p), (s, p), learning_rate=0.1, penalty=math.inf),
             ValueError,
             "flip_work: penalty",
         ),
         (
+            lambda s, p: diagnostics.flip_work(LOSS, {}, (s, p), (s, p), learning_rate=0.1, penalty=1.0),
+            ValueError,
+            "flip_work: gradients must have the leaves of params",
+        ),
+        (
             lambda s, p: diagnostics.flip_work(
-                len,  # pyright: ignore
-                (s, p),
-                (s, p),
-                learning_rate=0.1,
-                penalty=1.0,
-                inertia=1.5,
+                LOSS, p, (s, p), (s, p), learning_rate=0.1, penalty=1.0, inertia=1.5
             ),
             ValueError,
             "flip_work: inertia",

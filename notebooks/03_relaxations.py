@@ -1,0 +1,307 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # The relaxations: from float to binary
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/stam-jax/stam_jax/blob/main/notebooks/03_relaxations.ipynb)
+#
+# The network does not run on float weights $w$, nor, until the end, on their projection $y = P_Q(w)$, but
+# on relaxed weights $x$ between the two. You will see the maps that lead from $w$ to $x$, for binary and
+# ternary weights; what each does to the weights of a layer in the course of a training; how many weights
+# have settled, and how many signs flip, over the epochs; and what comes of it.
+
+# %%
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("stam_jax") is None:
+    # Where JAX came with a plugin for an accelerator, a newer JAX needs the plugin that goes with it.
+    plugins = {"jax_cuda12_plugin": "cuda12", "jax_cuda13_plugin": "cuda13", "libtpu": "tpu"}
+    found = [f"jax[{extra}]" for module, extra in plugins.items() if importlib.util.find_spec(module)]
+    package = "stam-jax[experiments] @ git+https://github.com/stam-jax/stam_jax"
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", package, *found], check=True)
+
+# %%
+import functools
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from flax import nnx
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from stam_jax import (
+    Binary,
+    Hard,
+    HardFrom,
+    L1Distance,
+    LinearBlend,
+    PiecewiseAffine,
+    ScaledTanh,
+    SquaredDistance,
+    Ternary,
+    hard_params,
+    schedules,
+    sign_flips,
+    stam,
+)
+
+plt.rcParams.update({"figure.dpi": 100, "axes.spines.top": False, "axes.spines.right": False})
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+print(f"{len(jax.devices())} x {jax.devices()[0].device_kind}")
+
+# %% [markdown]
+# ## The maps
+#
+# A relaxation is an object whose `at(count)` is the map of that step; its numbers are schedules of the step
+# count. For binary weights with scale $\alpha$:
+#
+# | relaxation | $x$ | from float to hard |
+# |---|---|---|
+# | `SquaredDistance` | $(w + \lambda y) / (1 + \lambda)$ | $\lambda$ from 0 to $\infty$ |
+# | `LinearBlend` | $(1 - \theta)\, w + \theta\, y$ | $\theta$ from 0 to 1 |
+# | `L1Distance` | $y + \mathrm{soft}(w - y, \lambda)$ | $\lambda$ from 0 to $\infty$ |
+# | `PiecewiseAffine` | $\mathrm{clip}(w / s, -\alpha, \alpha)$ | $s$ from 1 to 0 |
+# | `ScaledTanh` | $\alpha \tanh(\beta w / \alpha)$ | $\beta$ from 1 or so to $\infty$ |
+# | `Hard` | $y$ | hard throughout |
+#
+# The function below gives each of them a schedule that is hard from a step on; `HardFrom` sees to that
+# where the schedule alone would not.
+
+
+# %%
+def relaxations(hard_from, scale):
+    """Every relaxation, hard from a step on; `scale` is what the weights measure, for the one that asks."""
+    growth = functools.partial(schedules.geometric, growth=100 ** (1 / hard_from))
+    threshold = optax.linear_schedule(0.0, scale, transition_steps=hard_from)
+    return {
+        "squared distance": HardFrom(SquaredDistance(growth(0.1)), hard_from),
+        "linear blend": LinearBlend(schedules.linear_to_hard(hard_from)),
+        "l1 distance": HardFrom(L1Distance(threshold), hard_from),
+        "piecewise affine": PiecewiseAffine(schedules.sigmoid_inverse_slope(hard_from, steepness=4.0)),
+        "scaled tanh": HardFrom(ScaledTanh(growth(1.0)), hard_from),
+        "hard": Hard(),
+    }
+
+
+maps = relaxations(100, 1.0)
+stages = {0: "#56B4E9", 33: "#009E73", 67: "#D55E00", 100: "#000000"}
+w = jnp.linspace(-2, 2, 801)
+
+
+def draw(axes, relaxation, quantizer):
+    """A relaxation at some stages of its anneal."""
+    y, levels = quantizer.project(w), quantizer.levels(w)
+    for stage, colour in stages.items():
+        x = np.array(relaxation.at(stage)(w, y, lambda: levels))
+        x[1:][np.abs(np.diff(x)) > 0.1] = np.nan  # A gap in the line where the map jumps.
+        axes.plot(w, x, color=colour, label=f"{stage}%")
+    for level in levels.ravel():
+        axes.axhline(level, color="0.8", linewidth=0.8, zorder=0)
+    axes.set(ylim=(-2.1, 2.1), xticks=(-2, 0, 2), yticks=(-2, 0, 2), aspect="equal")
+
+
+figure, rows = plt.subplots(2, 6, figsize=(12, 4.6), sharex=True, sharey=True, layout="constrained")
+quantizers = {"binary": Binary(scale=None), "ternary": Ternary(scale=None)}
+for row, (kind, quantizer) in zip(rows, quantizers.items(), strict=True):
+    for axes, (name, relaxation) in zip(row, maps.items(), strict=True):
+        draw(axes, relaxation, quantizer)
+        if kind == "binary":
+            axes.set_title(name, fontsize=11)
+    row[0].set_ylabel(f"{kind}: $x$")
+figure.supxlabel("float weight $w$", fontsize=11)
+lines, names = rows[0, 0].get_legend_handles_labels()
+figure.legend(lines, names, title="share of the anneal that is done", loc="outside upper center", ncols=4)
+plt.show()
+
+# %% [markdown]
+# Grey lines are the levels, $\alpha = 1$. The first three move a weight towards its own level, and jump
+# where the level changes; the first two move all weights by the same share, the third by the same distance,
+# so that those close to a level are on it first. The next two pass from level to level without a jump, and
+# bend the weights beyond the outermost level back to it; a tanh is at no time the identity. All end as the
+# last.
+#
+# ## Training with each
+#
+# A network of two hidden layers learns digits with each relaxation, all else equal: inertia 1, momentum,
+# one scale per output channel, hard from three quarters of the run on. Three seeds each run at once, as a
+# batch.
+
+# %%
+digits = load_digits()
+pixels = (digits.data / 16).astype(np.float32)
+parts = train_test_split(pixels, digits.target, test_size=0.25, stratify=digits.target, random_state=0)
+train_x, test_x, train_y, test_y = map(jnp.asarray, parts)
+EPOCHS, BATCH, SEEDS = 32, 64, 3
+steps_per_epoch = len(train_x) // BATCH
+hard_from = 3 * EPOCHS * steps_per_epoch // 4
+
+
+def network(seed):
+    """A network with weights drawn from a seed."""
+    rngs = nnx.Rngs(seed)
+    layers = [nnx.Linear(64, 128, rngs=rngs), nnx.relu, nnx.Linear(128, 128, rngs=rngs), nnx.relu]
+    return nnx.Sequential(*layers, nnx.Linear(128, 10, rngs=rngs))
+
+
+graph = nnx.graphdef(network(0))
+first = [nnx.to_pure_dict(nnx.state(network(seed), nnx.Param)) for seed in range(SEEDS)]
+first = jax.tree.map(lambda *leaves: jnp.stack(leaves), *first)
+
+
+def loss(params, x, y):
+    """The cross entropy of a batch."""
+    return optax.softmax_cross_entropy_with_integer_labels(nnx.merge(graph, params)(x), y).mean()
+
+
+def accuracy(params):
+    """The share of test images that are read rightly."""
+    return (nnx.merge(graph, params)(test_x).argmax(-1) == test_y).mean()
+
+
+def kernels(params):
+    """What is quantised."""
+    return [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
+
+
+def train(params, key, relaxation, inertia=1.0):
+    """A run: for each epoch its accuracies, flips, share of settled weights, and one layer's weights."""
+    rate = optax.cosine_decay_schedule(0.1, EPOCHS * steps_per_epoch)
+    optimizer = optax.chain(optax.trace(0.9), stam(rate, relaxation=relaxation, inertia=inertia))
+
+    def step(carry, batch):
+        params, state = carry
+        gradients = jax.grad(loss)(params, train_x[batch], train_y[batch])
+        updates, state = optimizer.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    def epoch(carry, key):
+        params, state = carry
+        before = hard_params(state, params)
+        order = jax.random.permutation(key, len(train_x))[: steps_per_epoch * BATCH]
+        (params, state), _ = jax.lax.scan(step, carry, order.reshape(steps_per_epoch, BATCH))
+        hard = hard_params(state, params)
+        # In units of their scales, so that the levels are -1 and 1.
+        x = [x / jnp.abs(y) for x, y in zip(kernels(params), kernels(hard), strict=True)]
+        settled = [jnp.abs(jnp.abs(x) - 1) <= 0.01 for x in x]
+        return (params, state), {
+            "relaxed": accuracy(params),
+            "binary": accuracy(hard),
+            "flips": sign_flips(kernels(before), kernels(hard)),
+            "settled": jnp.concatenate([s.ravel() for s in settled]).mean(),
+            "layer": x[1],
+        }
+
+    return jax.lax.scan(epoch, (params, optimizer.init(params)), jax.random.split(key, EPOCHS))[1]
+
+
+def runs(relaxation, inertia=1.0):
+    """The same from each seed: arrays of [seeds, epochs]."""
+    train_all = jax.jit(jax.vmap(functools.partial(train, relaxation=relaxation, inertia=inertia)))
+    return jax.tree.map(np.asarray, train_all(first, jax.random.split(jax.random.key(0), SEEDS)))
+
+
+results = {name: runs(relaxation) for name, relaxation in relaxations(hard_from, 0.1).items()}
+
+# %% [markdown]
+# ## A layer's weights through training
+#
+# The relaxed weights $x$ of the second layer, in units of their scales, at the end of some epochs of the
+# first run.
+
+# %%
+shown = {name: results[name] for name in list(results)[:5]}
+epochs = (1, 8, 16, 24, 25)
+bins = np.linspace(-3, 3, 121)
+figure, rows = plt.subplots(5, 5, figsize=(11, 7), sharex=True, layout="constrained")
+for row, (name, result), colour in zip(rows, shown.items(), COLOURS, strict=False):
+    for axes, epoch in zip(row, epochs, strict=True):
+        axes.hist(np.clip(result["layer"][0, epoch - 1].ravel(), -3, 3), bins=bins, color=colour)
+        axes.set(yticks=[], xticks=(-2, -1, 0, 1, 2))
+        axes.spines.left.set_visible(False)
+    row[0].set_ylabel(name)
+for axes, epoch in zip(rows[0], epochs, strict=True):
+    axes.set_title(f"epoch {epoch}" + (", hard" if epoch * steps_per_epoch > hard_from else ""))
+figure.supxlabel(r"$x / \alpha$", fontsize=11)
+plt.show()
+
+# %% [markdown]
+# Squared distance and linear blend keep the shape of either half and pull it together around its level,
+# which leaves a gap around 0 that grows. The l1 distance sets more and more weights on their levels and
+# leaves the others where they are, a bit nearer. The piecewise affine map holds all weights between the
+# levels from the start, nearly half of them on one, and the tanh lets them pile up there. From epoch 25 on
+# all five are two lines. (Weights beyond 3 are counted at 3.)
+
+# %% [markdown]
+# ## How many have settled, and how many flip
+#
+# A weight is settled when $x$ is within 1% of its level. A flip is a binary weight whose sign is not what
+# it was an epoch before.
+
+# %%
+styles = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+for (name, result), colour, style in zip(results.items(), COLOURS, styles, strict=True):
+    line = {"color": colour, "linestyle": style, "label": name}
+    left.plot(range(1, EPOCHS + 1), 100 * result["settled"].mean(axis=0), **line)
+    right.semilogy(range(1, EPOCHS + 1), 100 * result["flips"].mean(axis=0), **line)
+for axes, label in ((left, "weights settled, %"), (right, "signs flipped in the epoch, %")):
+    axes.axvspan(hard_from / steps_per_epoch, EPOCHS, color="0.92", zorder=0)
+    axes.set(xlabel="epoch", ylabel=label, xlim=(1, EPOCHS))
+figure.legend(*left.get_legend_handles_labels(), loc="outside right center")
+plt.show()
+
+# %% [markdown]
+# Left: the l1 distance settles weights at an even pace, the piecewise affine map and the tanh faster; with
+# squared distance and linear blend all move together and are within 1% of their levels only at the end, the
+# squared distance by the jump to hard. Right: flips become rarer with all of them as the learning rate
+# falls. With the l1 distance there is a burst when the network turns hard: the sixth of the weights that
+# had not settled jumps at once.
+
+# %% [markdown]
+# ## What comes of it
+#
+# With one more run: the linear blend without inertia, where a step starts from $x$ and not from $w$.
+
+# %%
+results["linear blend, inertia 0"] = runs(relaxations(hard_from, 0.1)["linear blend"], inertia=0.0)
+figure, all_axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+for axes, which in zip(all_axes, ("relaxed", "binary"), strict=True):
+    axes.axvspan(hard_from / steps_per_epoch, EPOCHS, color="0.92", zorder=0)
+    for (name, result), colour, style in zip(results.items(), (*COLOURS, "0.6"), (*styles, "-"), strict=True):
+        curve = 100 * result[which].mean(axis=0)
+        axes.plot(range(1, EPOCHS + 1), curve, color=colour, linestyle=style, label=name)
+    axes.set(xlabel="epoch", title=f"{which} network", xlim=(1, EPOCHS), ylim=(50, 100))
+all_axes[0].set_ylabel("test accuracy, %")
+all_axes[1].legend(loc="lower right", fontsize=9)
+plt.show()
+
+print(f"{'test accuracy, %':24}  {'seeds':^20}  mean  flips per weight")
+for name, result in results.items():
+    final = 100 * result["binary"][:, -1]
+    each = "  ".join(f"{value:5.1f}" for value in final)
+    print(f"{name:24}  {each:20}  {final.mean():4.1f}  {result['flips'].sum(axis=1).mean():6.2f}")
+
+# %% [markdown]
+# The relaxed network learns fast with those relaxations that begin at float, and their binary network lags
+# until the anneal is well on its way; with the l1 distance it catches up by the jump to hard alone. With
+# the last three the two networks are close throughout. In the end all six are within about a point of each
+# other, and of 450 test images one is 0.2 points: a trial this small ranks nothing.
+#
+# What does show is the inertia. Without it each step goes the share $\theta$ of the way from $x$ once more,
+# where with it the way begins at the float weights again: the same schedule then pulls far harder. Signs
+# flip a tenth as often, and the binary network ends several points lower. A schedule for inertia 0 has to
+# be a gentler one.

@@ -1,0 +1,329 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Your own network, quantiser and relaxation
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/stam-jax/stam_jax/blob/main/notebooks/04_your_own.ipynb)
+#
+# You will quantise a Flax model of your own in fifteen lines, read the report of what is quantised and
+# change it by rules; write a quantiser and a relaxation of your own, and train with them; and take the
+# network out of training: packed into a file, read back, and exported as StableHLO.
+
+# %%
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("stam_jax") is None:
+    # Where JAX came with a plugin for an accelerator, a newer JAX needs the plugin that goes with it.
+    plugins = {"jax_cuda12_plugin": "cuda12", "jax_cuda13_plugin": "cuda13", "libtpu": "tpu"}
+    found = [f"jax[{extra}]" for module, extra in plugins.items() if importlib.util.find_spec(module)]
+    package = "stam-jax[experiments,export] @ git+https://github.com/stam-jax/stam_jax"
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", package, *found], check=True)
+
+# %%
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import export
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from stam_jax import (
+    Binary,
+    HardFrom,
+    LinearBlend,
+    hard_params,
+    load_packed,
+    pack,
+    packed_metadata,
+    report,
+    save_packed,
+    schedules,
+    select,
+    stam,
+    unpack,
+)
+
+digits = load_digits()
+images = (digits.images / 16).astype(np.float32)
+parts = train_test_split(images, digits.target, test_size=0.25, stratify=digits.target, random_state=0)
+train_images, test_images, train_labels, test_labels = map(jnp.asarray, parts)
+print(f"{len(jax.devices())} x {jax.devices()[0].device_kind}")
+
+
+# %% [markdown]
+# ## A model
+#
+# A small transformer: it cuts a digit into sixteen patches of 2 by 2 pixels, and lets them attend to each
+# other. Put your own in its place; nothing below depends on what it is.
+
+
+# %%
+class Block(nnx.Module):
+    """Attention and a network of two layers, around each of which the input is carried."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        self.norm1, self.norm2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(4, width, decode=False, rngs=rngs)
+        self.up = nnx.Linear(width, 2 * width, rngs=rngs)
+        self.down = nnx.Linear(2 * width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(nnx.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nnx.Module):
+    """Reads images of shape [count, 8, 8]."""
+
+    def __init__(self, rngs: nnx.Rngs, width: int = 48):
+        self.patches = nnx.Linear(4, width, rngs=rngs)
+        self.positions = nnx.Param(0.02 * rngs.params.normal((16, width)))
+        self.block = Block(width, rngs)
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.head = nnx.Linear(width, 10, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = images.reshape(-1, 4, 2, 4, 2).swapaxes(2, 3).reshape(-1, 16, 4)
+        x = self.patches(x) + self.positions
+        return self.head(self.norm(self.block(x)).mean(axis=1))
+
+
+# %% [markdown]
+# ## What would be quantised
+#
+# `select` is what `stam` does by itself. It goes by ranks and names, and says of each leaf why:
+
+# %%
+model = Transformer(nnx.Rngs(0))
+print(select(nnx.state(model, nnx.Param)))
+
+# %% [markdown]
+# It is right about the kernels, those of attention too, of rank 3. But `positions` is no kernel: nothing in
+# its name says so, and it is of rank 2. And the layer that reads pixels is so small that it may as well
+# stay in float. A rule is a pattern over paths, or a function of a path and its leaf; `include` takes rules
+# too. A rule that matches nothing is an error.
+
+
+# %%
+def choose(params):
+    """Which leaves are binary."""
+    return select(params, exclude=("positions", "patches/*"))
+
+
+selection = choose(nnx.state(model, nnx.Param))
+print("\n".join(f"{row.path}: {row.why}" for row in selection.rows if row.why.startswith("exclude")))
+print(str(selection).splitlines()[-1])
+
+# %% [markdown]
+# ## Fifteen lines
+#
+# All that is new is the last element of the chain, and at the end `hard_params`.
+
+# %%
+EPOCHS, BATCH = 20, 32
+STEPS = EPOCHS * (len(train_images) // BATCH)
+
+
+HARD_FROM = 3 * STEPS // 4
+blend = LinearBlend(schedules.linear_to_hard(HARD_FROM))
+
+
+def train(quantizer, relaxation):
+    """A trained model, still with its relaxed weights, and its optimiser."""
+    model, rate = Transformer(nnx.Rngs(0)), optax.cosine_decay_schedule(5e-3, STEPS)
+    chain = optax.chain(
+        optax.scale_by_adam(), stam(rate, quantizer=quantizer, relaxation=relaxation, mask=choose)
+    )
+    optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
+
+    def loss(model, x, y):
+        return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
+
+    @nnx.jit
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def epoch(carry, batch):
+        model, optimizer = carry
+        optimizer.update(model, nnx.grad(loss)(model, train_images[batch], train_labels[batch]))
+        return carry
+
+    for key in jax.random.split(jax.random.key(0), EPOCHS):
+        order = jax.random.permutation(key, len(train_images))[: STEPS // EPOCHS * BATCH]
+        epoch((model, optimizer), order.reshape(-1, BATCH))
+    return model, optimizer
+
+
+@jax.jit
+def apply(graph, params, images):
+    """The logits of some images."""
+    return nnx.merge(graph, params)(images)
+
+
+def accuracy(model, optimizer):
+    """That of the binary network on the test images."""
+    hard = hard_params(optimizer.opt_state, nnx.state(model, nnx.Param))
+    return float((apply(nnx.graphdef(model), hard, test_images).argmax(-1) == test_labels).mean())
+
+
+results = {"Binary, linear blend": accuracy(*train(Binary(), blend))}
+print(f"accuracy of the binary network: {results['Binary, linear blend']:.1%}")
+
+# %% [markdown]
+# ## A quantiser of your own
+#
+# It is a hashable object with `bits`, `project` and `contains`. This one has scales that are powers of two,
+# so that a shift serves for the multiplication. For a group with signs $s_i$ and $m = \mathrm{mean}|v_i|$,
+#
+# $$\sum_i (v_i - \alpha s_i)^2 = \mathrm{const} + n\,(\alpha - m)^2 ,$$
+#
+# so the best power of two is the one nearest to $m$: the projection is exact. `levels` is for relaxations
+# that ask for the levels; `scales`, `codes` and `decode` are what packing takes. As a dataclass it can be
+# named in a file.
+
+
+# %%
+@dataclasses.dataclass(frozen=True)
+class Shift:
+    """Binary weights whose scales, one for each output channel, are powers of two."""
+
+    bits = 1
+
+    def scales(self, v):
+        """The power of two nearest to the mean of each channel's sizes."""
+        mean = jnp.abs(v).mean(axis=tuple(range(v.ndim - 1)), keepdims=True)
+        _, exponent = jnp.frexp(mean)
+        below = jnp.ldexp(1.0, exponent - 1)  # The largest that is not above the mean.
+        return jnp.where(mean < 1.5 * below, below, 2 * below).astype(v.dtype)
+
+    def codes(self, v):
+        """1 for the upper level, 0 for the lower."""
+        return (v >= 0).astype(jnp.uint8)
+
+    def decode(self, codes, scales):
+        """The weights of some codes and scales."""
+        return jnp.where(codes == 1, scales, -scales)
+
+    def project(self, v):
+        """The nearest weights of this kind."""
+        return self.decode(self.codes(v), self.scales(v))
+
+    def contains(self, y):
+        """Whether these are such weights."""
+        size = jnp.abs(y)
+        mantissa, _ = jnp.frexp(size)
+        return jnp.all((mantissa == 0.5) & (size == size[(0,) * (y.ndim - 1)]))
+
+    def levels(self, v):
+        """The two levels of each channel."""
+        return jnp.stack([-self.scales(v), self.scales(v)])
+
+
+v = jax.random.normal(jax.random.key(0), (500, 6)) * jnp.array([0.1, 0.4, 1.0, 1.8, 2.0, 5.0])
+y = Shift().project(v)
+tried = jnp.stack([jnp.square(v - scale * jnp.sign(v)).sum(axis=0) for scale in 2.0 ** jnp.arange(-6, 6)])
+print("scales:", Shift().scales(v).ravel())
+print("contains:", Shift().contains(y), Shift().contains(v))
+nearest = jnp.allclose(jnp.square(v - y).sum(axis=0), tried.min(axis=0), rtol=1e-5)
+print("as near as the nearest power of two:", nearest)
+
+# %% [markdown]
+# ## A relaxation of your own
+#
+# It is a hashable object with `at(count)`, which gives the map $(w, y, \text{levels}) \mapsto x$ of that
+# step. This one sets the largest weights to their levels first, and more and more of the others as its
+# share grows: large weights are the least likely to change their signs.
+
+
+# %%
+@dataclasses.dataclass(frozen=True)
+class LargestFirst:
+    """A share of the weights of each array, the largest, are hard; the others are float."""
+
+    share: optax.Schedule
+
+    def at(self, count):
+        """The map of a step."""
+        share = self.share(count)
+        return lambda w, y, levels: jnp.where(jnp.abs(w) >= jnp.quantile(jnp.abs(w), 1 - share), y, w)
+
+
+largest_first = HardFrom(LargestFirst(schedules.linear_to_hard(HARD_FROM)), HARD_FROM)
+model, optimizer = train(Shift(), largest_first)
+results["Shift, linear blend"] = accuracy(*train(Shift(), blend))
+results["Shift, largest first"] = accuracy(model, optimizer)
+for name, value in results.items():
+    print(f"{name:22}  {value:.1%}")
+
+# %% [markdown]
+# The parts go together as they stand. One seed each, and a test set in which an image is 0.2 points: these
+# numbers rank nothing.
+#
+# ## Packing
+#
+# `pack` and `save_packed` take quantisers of your own as well; `load_packed` has to be told of the class,
+# for nothing in a file is executed.
+
+# %%
+params = nnx.state(model, nnx.Param)
+packed = pack(optimizer.opt_state, params)
+size = save_packed("transformer.safetensors", packed, metadata={"accuracy": results["Shift, largest first"]})
+loaded = load_packed("transformer.safetensors", like=params, quantizers=[Shift])
+
+hard = hard_params(optimizer.opt_state, params)
+equal = jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), unpack(loaded), hard))
+print(f"{size:,} bytes; what is read equals what was saved: {equal}")
+print(packed_metadata("transformer.safetensors"))
+print(report(loaded))
+
+# %% [markdown]
+# Where the report has two values for each group, the leaf is binary. For a quantiser that does not say its
+# groups the whole leaf counts as one, with twice as many values as there are scales of different sizes.
+#
+# ## Export
+#
+# [StableHLO](https://openxla.org/stablehlo) runs without this library and without Flax. Here the packed
+# network itself is closed over: its bits are constants of the program, which unpacks them as it runs.
+# `batch` stands for any number of images, and the program is one for CPUs, GPUs and TPUs.
+
+# %%
+graph = nnx.graphdef(model)
+
+
+@jax.jit
+def network(images):
+    """The logits of some images, by the packed network."""
+    return nnx.merge(graph, unpack(loaded))(images)
+
+
+(batch,) = export.symbolic_shape("batch")
+signature = jax.ShapeDtypeStruct((batch, 8, 8), jnp.float32)
+program = export.export(network, platforms=("cpu", "cuda", "tpu"))(signature)
+Path("transformer.stablehlo").write_bytes(program.serialize())
+
+again = export.deserialize(Path("transformer.stablehlo").read_bytes())
+print("in:", *again.in_avals, " out:", *again.out_avals, " for:", *again.platforms)
+for count in (1, 450):
+    here, there = network(test_images[:count]), jax.jit(again.call)(test_images[:count])
+    print(f"{count} images, equal: {bool(jnp.array_equal(here, there))}")
+print(f"accuracy of what was read: {float((there.argmax(-1) == test_labels).mean()):.1%}")
+
+# %% [markdown]
+# For the packed files of the command line's own runs there is `python -m experiments export`, which also
+# writes ONNX and folders for a model hub:
+# [docs/experiments.md](https://github.com/stam-jax/stam_jax/blob/main/docs/experiments.md). More on
+# quantisers and relaxations, with the methods they make up, is in
+# [docs/methods.md](https://github.com/stam-jax/stam_jax/blob/main/docs/methods.md).

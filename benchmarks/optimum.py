@@ -148,7 +148,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         for kind in kinds:
             (row,) = (row for row in rows if (row["kind"], row["method"]) == (kind, method))
             cells += [
-                f"{row['optimal']} of {row['problems']}",
+                f"{row['optimal']}/{row['problems']}",
                 str(row["within_5_percent"]),
                 f"{row['excess_median']:.1%} (to {row['excess_most']:.0%})",
             ]

@@ -214,10 +214,8 @@ for _ in range(epochs):
         curves[name].append(accuracy(graph, weights, renewed, whole_test, test_labels))
 
 whole = all(leaf.is_fully_replicated for leaf in jax.tree.leaves(nnx.state(model)))
-print(
-    f"each of {len(devices)} devices had {batch_size // len(devices)} images of every batch of {batch_size}, "
-    f"and all weights: {whole}"
-)
+share = batch_size // len(devices)
+print(f"on each device: {share} of the {batch_size} images of a batch; all weights: {whole}")
 print(", ".join(f"{name}: {100 * curve[-1]:.1f}%" for name, curve in curves.items()))
 
 # %%

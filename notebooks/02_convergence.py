@@ -9,15 +9,15 @@
 # ---
 
 # %% [markdown]
-# # What the theorem says of a run, and what it does not
+# # What the theory says of a run, and what it does not
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/stam-jax/stam_jax/blob/main/notebooks/02_convergence.ipynb)
 #
-# On a problem whose constants are known, you will see the residual of proximal `stam` stay under the bound
-# of its theorem for penalties, learning rates and noise of all sizes, and fall with the length of the run
-# as the theorem has it; the terms of its objective; what inertia and momentum change; and why a small
-# residual alone does not make a good binary network. It ends with real data, where the constants have to be
-# estimated. The iteration, the theorem and its proof are this project's own formulation:
+# On a problem whose constants are known, you will see the residual of proximal `stam` stay under its bound
+# for penalties, learning rates and noise of several sizes, and fall with the length of the run as the bound
+# does; the terms of its objective; what inertia and momentum change; and why a small residual alone does
+# not make a good binary network. It ends with real data, where the constants have to be estimated. The
+# iteration, the theorems and their proofs are this project's own formulation:
 # [docs/theory.md](https://github.com/stam-jax/stam_jax/blob/main/docs/theory.md) has them.
 
 # %%
@@ -76,9 +76,9 @@ print(f"{len(jax.devices())} x {jax.devices()[0].device_kind}")
 # $$y^+ = P_Q(x), \qquad x^+ = x - \hat\eta\,\bigl(d + \rho\,(x - y^+)\bigr), \qquad
 # \hat\eta = \frac{\eta}{1 + \eta\rho} .$$
 #
-# Let $f$ be $L$-smooth, $\mathrm{E}|d - \nabla f(x)|^2 \le \sigma^2$, $\Phi \ge \Phi_{\inf}$ and $\eta \le
-# 1/L$. Then the residual $R_k = \nabla f(x_k) + \rho\,(x_k - y_{k+1})$, the distance of 0 from the
-# subdifferential of $\Phi$, is bounded on average:
+# Let $f$ be $L$-smooth, $\mathrm{E}|d - \nabla f(x)|^2 \le \sigma^2$, $\Phi \ge \Phi_{\inf}$ and
+# $\eta \le 1/L$. Then the residual $R_k = \nabla f(x_k) + \rho\,(x_k - y_{k+1})$, the distance of 0 from
+# the subdifferential of $\Phi$, is bounded on average, by theorem 1:
 #
 # $$\frac1K \sum_{k<K} \mathrm{E}|R_k|^2 \;\le\;
 # \frac{2\,(\Phi_0 - \Phi_{\inf})}{\hat\eta K} + (L + \rho)\,\hat\eta\,\sigma^2 .$$
@@ -181,7 +181,7 @@ def decrease(penalty):
 
 
 def constants(penalty, noise, steps):
-    """What the theorem asks to know."""
+    """What the bound asks to know."""
     return {
         "smoothness": smoothness,
         "noise": float(noise),
@@ -194,9 +194,9 @@ def constants(penalty, noise, steps):
 # %% [markdown]
 # ## Under the bound
 #
-# Three panels, one for each of $\rho$, $\eta$ and the batch size $B$, which divides the variance: $\sigma^2
-# = 8^2 / B$. Solid is the running mean of $|R_k|^2$, averaged over eight runs; dashed the bound for a run
-# that ends there.
+# Three panels, one for each of $\rho$, $\eta$ and the batch size $B$, which divides the variance:
+# $\sigma^2 = 8^2 / B$. Solid is the running mean of $|R_k|^2$, averaged over eight runs; dashed the bound
+# for a run that ends there.
 
 # %%
 STEPS = 2000
@@ -345,15 +345,17 @@ print(f"without noise, at the largest rate, the largest rise of a step: {np.diff
 # + \frac{\kappa\lambda}{1 + \lambda}\,(y^+ - y) :$$
 #
 # the pull is weaker, and $x$ is carried along when $y$ moves. That second part is no step down anything,
-# and here the theorem above ends. Call $M_k = f(x_k) + \tfrac{\tilde\rho}{2}|x_k - y_{k+1}|^2$ with
-# $\tilde\rho = (1-\kappa)\rho$, and $J_k$ what moving $y$, and $x$ with it, adds to $M$ in a step:
-# `diagnostics.flip_work`. The same proof then gives
+# and here theorem 1 ends. Let $q = P_Q(v)$ be the binary weights that one would ship,
+# $\tilde\rho = (1-\kappa)\rho$, $M(x, q) = f(x) + \tfrac{\tilde\rho}{2}|x - q|^2$, and $J_k$ the flip work,
+# what moving $q$, and $x$ with it, adds to $M$ in a step: `diagnostics.flip_work`. Theorem 2 then says
 #
 # $$\frac1K \sum_{k<K} \mathrm{E}|R_k|^2 \;\le\;
-# \frac{2\,(M_0 - M_{\inf} + \sum_k \mathrm{E} J_k)}{\hat\eta K} + (L + \tilde\rho)\,\hat\eta\,\sigma^2 ,$$
+# \frac{2\,(M(x_0, q_0) - f_{\inf} + \sum_k \mathrm{E} J_k)}{\hat\eta K}
+# + (L + \tilde\rho)\,\hat\eta\,\sigma^2 ,$$
 #
-# where $\hat\eta$ is that of the whole $\rho$, and $R_k$ has $\tilde\rho$ for $\rho$. Without inertia no
-# $J_k$ is positive. With it that is not known beforehand, but it can be measured. At $\rho = 30$:
+# where $\hat\eta$ is that of the whole $\rho$, and $R_k = \nabla f(x_k) + \tilde\rho\,(x_k - q_k)$. Without
+# inertia no $J_k$ is positive. With it that is not known beforehand, but it can be measured. At
+# $\rho = 30$:
 
 # %%
 rho, noise, learning_rate, steps = 30.0, 8.0, 0.1 / smoothness, 2000
@@ -407,9 +409,8 @@ plt.show()
 # %% [markdown]
 # ## Momentum
 #
-# Momentum makes of the gradients a direction that is no stochastic gradient at $x$: the theorem does not
-# cover it, whatever the learning rate. At $\rho = 1$ and the rate that is best for plain gradients by the
-# theorem:
+# Momentum makes of the gradients a direction that is no unbiased gradient at $x$: no theorem here covers
+# it, whatever the learning rate. At $\rho = 1$ and the rate whose bound is least for plain gradients:
 
 # %%
 rho, noise, steps = 1.0, 8.0, 2000
@@ -592,6 +593,6 @@ print("signs other than at the start:", ", ".join(f"{value:.1%}" for value in st
 # Left: every residual goes to 0, and the one of $\rho = 1$ goes furthest. Right: just there the binary
 # network reads no more than a fifth of the digits. Each sign pattern, with the scales that fit best,
 # satisfies the condition on $y$; a large penalty holds all but a few signs of the pattern that the run
-# began with, and the point it finds is as stationary as any. The theorem says that the method gets to a
-# stationary point of $\Phi$, not which, and $\Phi$ at a large $\rho$ has very many. So look at the loss or
-# the accuracy of the binary network beside the residual, always.
+# began with, and the point it finds is as stationary as any. Theorem 1 says that the method gets close to a
+# stationary point of $\Phi$, not to which, and $\Phi$ at a large $\rho$ has very many. So look at the loss
+# or the accuracy of the binary network beside the residual, always.

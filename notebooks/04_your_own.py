@@ -132,23 +132,20 @@ print(str(selection).splitlines()[-1])
 # %% [markdown]
 # ## Fifteen lines
 #
-# All that is new is the last element of the chain, and at the end `hard_params`.
+# The body of `train` has fifteen lines. What is new in them is the last element of the chain; and, to
+# evaluate, `hard_params`.
 
 # %%
 EPOCHS, BATCH = 20, 32
 STEPS = EPOCHS * (len(train_images) // BATCH)
-
-
 HARD_FROM = 3 * STEPS // 4
 blend = LinearBlend(schedules.linear_to_hard(HARD_FROM))
 
 
-def train(quantizer, relaxation):
+def train(**options):
     """A trained model, still with its relaxed weights, and its optimiser."""
     model, rate = Transformer(nnx.Rngs(0)), optax.cosine_decay_schedule(5e-3, STEPS)
-    chain = optax.chain(
-        optax.scale_by_adam(), stam(rate, quantizer=quantizer, relaxation=relaxation, mask=choose)
-    )
+    chain = optax.chain(optax.scale_by_adam(), stam(rate, mask=choose, **options))
     optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
 
     def loss(model, x, y):
@@ -179,7 +176,7 @@ def accuracy(model, optimizer):
     return float((apply(nnx.graphdef(model), hard, test_images).argmax(-1) == test_labels).mean())
 
 
-results = {"Binary, linear blend": accuracy(*train(Binary(), blend))}
+results = {"Binary, linear blend": accuracy(*train(quantizer=Binary(), relaxation=blend))}
 print(f"accuracy of the binary network: {results['Binary, linear blend']:.1%}")
 
 # %% [markdown]
@@ -262,8 +259,8 @@ class LargestFirst:
 
 
 largest_first = HardFrom(LargestFirst(schedules.linear_to_hard(HARD_FROM)), HARD_FROM)
-model, optimizer = train(Shift(), largest_first)
-results["Shift, linear blend"] = accuracy(*train(Shift(), blend))
+model, optimizer = train(quantizer=Shift(), relaxation=largest_first)
+results["Shift, linear blend"] = accuracy(*train(quantizer=Shift(), relaxation=blend))
 results["Shift, largest first"] = accuracy(model, optimizer)
 for name, value in results.items():
     print(f"{name:22}  {value:.1%}")

@@ -146,6 +146,6 @@ def test_the_quickstart_runs_on_eight_devices(monkeypatch):
     script = runpy.run_path(str(FOLDER / "execute.py"))
     text = printed(script["execute"](script["read"](SOURCES[0]), timeout=300))
     assert text.startswith("8 x ")
-    assert "each of 8 devices had 8 images of every batch of 64, and all weights: True" in text
+    assert "on each device: 8 of the 64 images of a batch; all weights: True" in text
     accuracy = float(re.findall(r"accuracy of what was read: ([\d.]+)%", text)[0])
     assert accuracy > 95

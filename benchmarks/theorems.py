@@ -180,8 +180,8 @@ def measure(name: str, inertia: float, project: str) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """The rows as a table in Markdown."""
     lines = [
-        "| problem | project | inertia | mean \\|R\\|² | bound | kept in | flip work | flips | hard loss |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| problem | project | inertia | mean \\|R\\|² | bound | flip work | flips | hard loss |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         cells = (
@@ -190,7 +190,6 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['inertia']:g}",
             f"{row['residual']:.3g}",
             f"{row['bound']:.3g}",
-            f"{row['kept']}/{row['seeds']}",
             f"{row['work']:.3g} ± {row['work_deviation']:.2g}",
             f"{row['flips']:.0f}",
             f"{row['hard_loss']:.3g}",

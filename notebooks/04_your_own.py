@@ -242,7 +242,7 @@ print("as near as the nearest power of two:", nearest)
 #
 # It is a hashable object with `at(count)`, which gives the map $(w, y, \text{levels}) \mapsto x$ of that
 # step. This one sets the largest weights to their levels first, and more and more of the others as its
-# share grows: large weights are the least likely to change their signs.
+# share grows: they are the furthest from changing their signs.
 
 
 # %%
@@ -277,7 +277,9 @@ for name, value in results.items():
 # %%
 params = nnx.state(model, nnx.Param)
 packed = pack(optimizer.opt_state, params)
-size = save_packed("transformer.safetensors", packed, metadata={"accuracy": results["Shift, largest first"]})
+size = save_packed(
+    "transformer.safetensors", packed, metadata={"accuracy": round(results["Shift, largest first"], 4)}
+)
 loaded = load_packed("transformer.safetensors", like=params, quantizers=[Shift])
 
 hard = hard_params(optimizer.opt_state, params)

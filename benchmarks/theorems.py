@@ -19,7 +19,7 @@ import optax
 from rich.progress import track
 
 from benchmarks.problems import PROBLEMS, Problem
-from stam_jax import Binary, Quantizer, diagnostics, hard_params, stam
+from stam_jax import Binary, Quantizer, diagnostics, hard_params, stam, theory
 
 RESULTS = Path(__file__).parent / "results" / "theorems.json"
 SEEDS = 20
@@ -137,16 +137,6 @@ def decrease(problem: Problem, *, quantizer: Quantizer = TENSOR, **model: Any) -
     return float(diagnostics.objective(loss, state, start, **model).total) - problem.least
 
 
-def inertial_bound(
-    problem: Problem, steps: int, learning_rate: float, rho: float, kappa: float, work: Any
-) -> Any:
-    """The right-hand side of the theorem with inertia, for the work that was measured."""
-    pull = (1 - kappa) * rho
-    moved = learning_rate / (1 + learning_rate * rho)
-    fall = decrease(problem, penalty=pull) + work
-    return 2 * fall / (moved * steps) + (problem.smoothness + pull) * moved * problem.noise**2
-
-
 def _take_step(optimizer: optax.GradientTransformation, d: Any, state: Any, x: Any) -> Any:
     """The weights and the state after one step."""
     updates, state = optimizer.update(d, state, x)
@@ -159,7 +149,16 @@ def measure(name: str, inertia: float, project: str) -> dict[str, Any]:
     learning_rate = 1 / problem.smoothness
     settings: Any = {"penalty": PENALTY, "inertia": inertia, "project": project}
     found = run(problem, STEPS, learning_rate, with_work=True, **settings)
-    allowed = inertial_bound(problem, STEPS, learning_rate, PENALTY, inertia, found.work)
+    fall = decrease(problem, penalty=(1 - inertia) * PENALTY)
+    known: Any = {
+        "smoothness": problem.smoothness,
+        "noise": problem.noise,
+        "steps": STEPS,
+        "penalty": PENALTY,
+        "inertia": inertia,
+    }
+    falls = fall + found.work
+    allowed = np.array([theory.bound(learning_rate, decrease=float(fall), **known) for fall in falls])
     return {
         "problem": name,
         "inertia": inertia,

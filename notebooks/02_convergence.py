@@ -361,14 +361,13 @@ print(f"without noise, at the largest rate, the largest rise of a step: {np.diff
 rho, noise, learning_rate, steps = 30.0, 8.0, 0.1 / smoothness, 2000
 kappas = (0.0, 0.5, 0.9, 0.97, 0.99, 0.997, 1.0)
 found = runs(learning_rate, rho, noise, kappas, steps=steps, measures=tuple(MEASURES))
-moved = diagnostics.effective_step(learning_rate, penalty=rho)
 
 print("kappa  mean |R|^2   bound  sum of J  flips  hard objective")
 for index, kappa in enumerate(kappas):
     of = {name: values[index] for name, values in found.items()}
-    pull = (1 - kappa) * rho
-    work = of["flip work"].sum(axis=-1).mean()
-    bound = 2 * (decrease(pull) + work) / (moved * steps) + (smoothness + pull) * moved * noise**2
+    work = float(of["flip work"].sum(axis=-1).mean())
+    known = constants(rho, noise, steps) | {"decrease": decrease((1 - kappa) * rho) + work, "inertia": kappa}
+    bound = theory.bound(learning_rate, **known)
     print(
         f"{kappa:5g}  {of['squared residual'].mean():10.2f}  {bound:6.2f}  {work:8.1f}"
         f"  {of['flips'].sum(axis=-1).mean():5.0f}  {of['hard objective'][:, -1].mean():14.2f}"

@@ -1,4 +1,4 @@
-r"""The numbers of the theorem on the proximal method: its step, its bound, and the smoothness they ask for.
+r"""The numbers of the theorems: the step, the bound, and the smoothness they ask for.
 
 With an L-smooth loss, stochastic gradients of variance $\sigma^2$, penalties $\rho$ and $\tau$ and
 $L_\Phi = L + \rho + \tau$, a step $\eta \le 1/L$ moves x by $\hat\eta = \eta / (1 + \eta (\rho + \tau))$
@@ -6,7 +6,9 @@ times the residual R, and
 
 $$\frac1K \sum_{k<K} E|R_k|^2 \le \frac{2 (\Phi_0 - \Phi_{\inf})}{\hat\eta K} + L_\Phi \hat\eta \sigma^2 .$$
 
-The statement, its assumptions and its proof are this project's own; see docs/theory.md.
+With inertia $\kappa$ the pull that is left, $(1 - \kappa)\rho$, stands for $\rho$ in $L_\Phi$, $\Phi$ and R,
+and the flip work joins the decrease. The statements, their assumptions and proofs are this project's own; see
+docs/theory.md.
 """
 
 import functools
@@ -29,21 +31,24 @@ def bound(
     decrease: float,
     steps: int,
     penalty: float = 0.0,
+    inertia: float = 0.0,
     regularizer_penalty: float = 0.0,
 ) -> float:
     r"""What the theorem allows the squared residual to be on average over a run.
 
-    $2 \Delta / (\hat\eta K) + (L + \rho + \tau)\,\hat\eta\,\sigma^2$ with
+    $2 \Delta / (\hat\eta K) + (L + (1 - \kappa)\rho + \tau)\,\hat\eta\,\sigma^2$ with
     $\hat\eta = \eta / (1 + \eta (\rho + \tau))$.
 
     Args:
         learning_rate: the step $\eta$ of `stam`, at most 1 / `smoothness`.
         smoothness: L, of the loss: its gradient's Lipschitz constant.
         noise: $\sigma$, the root of the mean squared distance of a stochastic gradient from the gradient.
-        decrease: $\Delta = \Phi_0 - \Phi_{\inf}$, how far the objective can fall.
+        decrease: $\Delta = \Phi_0 - \Phi_{\inf}$, how far the objective can fall. With inertia, that of the
+            objective with $(1 - \kappa)\rho$, and the sum of the `diagnostics.flip_work` of all steps.
         steps: K, of the run.
         penalty: $\rho$ of `stam`.
-        regularizer_penalty: $\tau$ of `stam`.
+        inertia: $\kappa$ of `stam`.
+        regularizer_penalty: $\tau$ of `stam`; 0 with inertia.
 
     Returns:
         The right-hand side of the theorem.
@@ -60,7 +65,7 @@ def bound(
     References:
         docs/theory.md.
     """
-    _check("bound", smoothness, noise, decrease, steps, penalty, regularizer_penalty)
+    _check("bound", smoothness, noise, decrease, steps, penalty, inertia, regularizer_penalty)
     _numbers.check("bound", "learning_rate", learning_rate, finite=True, schedule=False)
     # To rounding: 1 / L itself is allowed.
     if not 0 < learning_rate * smoothness <= 1 + 1e-9:
@@ -68,9 +73,9 @@ def bound(
             f"bound: learning_rate must be in (0, 1 / smoothness] = (0, {1 / smoothness:g}]; "
             f"got {learning_rate!r}."
         )
-    pull = penalty + regularizer_penalty
     moved = effective_step(learning_rate, penalty=penalty, regularizer_penalty=regularizer_penalty)
-    return 2 * decrease / (moved * steps) + (smoothness + pull) * moved * noise**2
+    left = smoothness + (1 - inertia) * penalty + regularizer_penalty
+    return 2 * decrease / (moved * steps) + left * moved * noise**2
 
 
 def step_size(
@@ -80,13 +85,15 @@ def step_size(
     decrease: float,
     steps: int,
     penalty: float = 0.0,
+    inertia: float = 0.0,
     regularizer_penalty: float = 0.0,
 ) -> float:
     r"""The step for which the theorem's bound is least.
 
-    $\hat\eta = \min\{1/L_\Phi,\ \sqrt{2 \Delta / (K L_\Phi \sigma^2)}\}$ with $L_\Phi = L + \rho + \tau$, and
-    $\eta = \hat\eta / (1 - \hat\eta (\rho + \tau))$. With noise it falls as $K^{-1/2}$, and the bound with
-    it: an $\epsilon$-stationary point takes $O(\epsilon^{-4})$ steps.
+    $\hat\eta = \min\{1/(L + \rho + \tau),\ \sqrt{2 \Delta / (K L_\Phi \sigma^2)}\}$ with
+    $L_\Phi = L + (1 - \kappa)\rho + \tau$, and $\eta = \hat\eta / (1 - \hat\eta (\rho + \tau))$. With noise
+    it falls as $K^{-1/2}$, and the bound with it: an $\epsilon$-stationary point takes $O(\epsilon^{-4})$
+    steps.
 
     Args:
         smoothness: L, as in `bound`.
@@ -94,7 +101,8 @@ def step_size(
         decrease: $\Delta$, as in `bound`.
         steps: K, as in `bound`.
         penalty: $\rho$ of `stam`.
-        regularizer_penalty: $\tau$ of `stam`.
+        inertia: $\kappa$ of `stam`.
+        regularizer_penalty: $\tau$ of `stam`; 0 with inertia.
 
     Returns:
         The learning rate of `stam`, at most 1 / `smoothness`.
@@ -111,12 +119,13 @@ def step_size(
     References:
         docs/theory.md.
     """
-    _check("step_size", smoothness, noise, decrease, steps, penalty, regularizer_penalty)
+    _check("step_size", smoothness, noise, decrease, steps, penalty, inertia, regularizer_penalty)
     pull = penalty + regularizer_penalty
     total = smoothness + pull
     moved = 1 / total
     if noise > 0:
-        moved = min(moved, math.sqrt(2 * decrease / (steps * total)) / noise)
+        left = smoothness + (1 - inertia) * penalty + regularizer_penalty
+        moved = min(moved, math.sqrt(2 * decrease / (steps * left)) / noise)
     # 1 - moved * pull, without the cancellation that a large pull would bring.
     return moved / (smoothness / total + (1 / total - moved) * pull)
 
@@ -128,6 +137,7 @@ def _check(
     decrease: float,
     steps: int,
     penalty: float,
+    inertia: float,
     regularizer_penalty: float,
 ) -> None:
     """Raise for constants that no problem has."""
@@ -142,6 +152,9 @@ def _check(
     for name in ("smoothness", "decrease"):
         if values[name] == 0:
             raise ValueError(f"{where}: {name} must be above 0; got {values[name]!r}.")
+    _numbers.check(where, "inertia", inertia, high=1.0, schedule=False)
+    if inertia > 0 and regularizer_penalty > 0:
+        raise ValueError(f"{where}: no theorem covers inertia together with a regularizer_penalty.")
 
 
 class Smoothness(NamedTuple):

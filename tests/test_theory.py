@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from benchmarks.problems import PROBLEMS, Problem
-from benchmarks.theorems import SEEDS, TENSOR, decrease, inertial_bound, run
+from benchmarks.theorems import SEEDS, TENSOR, decrease, run
 from stam_jax import (
     Binary,
     Box,
@@ -158,7 +158,12 @@ def test_with_inertia_the_residual_stays_under_the_bound_with_the_flip_work(buil
     learning_rate = 1 / problem.smoothness
     settings: Any = {"penalty": penalty, "inertia": kappa, "project": project}
     found = run(problem, steps, learning_rate, with_work=True, **settings)
-    allowed = inertial_bound(problem, steps, learning_rate, penalty, kappa, found.work)
+    pull = (1 - kappa) * penalty
+    fall = decrease(problem, penalty=pull) + found.work
+    moved = learning_rate / (1 + learning_rate * penalty)
+    allowed = 2 * fall / (moved * steps) + (problem.smoothness + pull) * moved * problem.noise**2
+    known = constants(problem, steps, penalty) | {"decrease": fall[0], "inertia": kappa}
+    assert theory.bound(learning_rate, **known) == pytest.approx(allowed[0], rel=1e-12)
     assert np.all(found.measured < allowed)
     assert np.max(found.measured / allowed) > 1 / 20
     assert np.all(found.work != 0)
@@ -283,22 +288,34 @@ def test_there_are_no_other_exact_quantisers(quantizer):
     assert quantizer.bits > 0
 
 
-@pytest.mark.parametrize(("rho", "tau"), [(0.0, 0.0), (3.0, 0.0), (1e3, 2.0), (1e9, 1e9)])
+@pytest.mark.parametrize(
+    ("rho", "kappa", "tau"),
+    [
+        (0.0, 0.0, 0.0),
+        (3.0, 0.0, 0.0),
+        (1e3, 0.0, 2.0),
+        (1e9, 0.0, 1e9),
+        (3.0, 0.5, 0.0),
+        (1e9, 0.99, 0.0),
+        (50.0, 1.0, 0.0),
+    ],
+)
 @pytest.mark.parametrize("noise", [0.0, 0.1, 50.0])
-def test_no_other_step_has_a_lower_bound(rho, tau, noise):
+def test_no_other_step_has_a_lower_bound(rho, kappa, tau, noise):
     known = {
         "smoothness": 2.0,
         "noise": noise,
         "decrease": 3.0,
         "steps": 500,
         "penalty": rho,
+        "inertia": kappa,
         "regularizer_penalty": tau,
     }
     best = theory.step_size(**known)
     assert 0 < best <= 0.5 * (1 + 1e-12)
     least = theory.bound(best, **known)
     moved = best / (1 + best * (rho + tau))
-    expected = 2 * 3.0 / (moved * 500) + (2.0 + rho + tau) * moved * noise**2
+    expected = 2 * 3.0 / (moved * 500) + (2.0 + (1 - kappa) * rho + tau) * moved * noise**2
     assert least == pytest.approx(expected, rel=1e-12)
     for other in np.geomspace(1e-12, 0.5, 60):
         assert least <= theory.bound(float(other), **known) * (1 + 1e-9)
@@ -312,6 +329,8 @@ def test_no_other_step_has_a_lower_bound(rho, tau, noise):
         ({"noise": -1.0}, r"noise must be a number in \[0, inf\)"),
         ({"steps": 0}, r"steps must be a number in \[1, inf\)"),
         ({"penalty": np.inf}, r"penalty must be a number in \[0, inf\)"),
+        ({"inertia": 1.5}, r"inertia must be a number in \[0, 1\]"),
+        ({"inertia": 0.5, "regularizer_penalty": 1.0}, "no theorem covers inertia together with"),
     ],
 )
 def test_constants_that_no_problem_has_are_refused(change, words):

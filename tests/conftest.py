@@ -1,5 +1,4 @@
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 
@@ -18,14 +17,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("stam")
 
 
-# What one test has compiled, the others and the command lines they drive need not compile again.
+# What one test has compiled, the others and the command lines they drive need not compile again, nor need the
+# next run of the tests: it lies with the cache of pytest, and goes with `pytest --cache-clear`.
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if CACHE not in os.environ:
-        os.environ[CACHE] = tempfile.mkdtemp(prefix="stam-jax-compiled-")
-        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(CACHE), ignore_errors=True))
+        os.environ[CACHE] = str(config.cache.mkdir("jax")) if config.cache else tempfile.mkdtemp()
     # By default only what took a second is kept; here hundreds of small functions add up.
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])

@@ -6,9 +6,10 @@ r"""How often each method finds the best signs of problems small enough to try t
 Least squares in 16 weights with one scale: $|X \alpha s - b|^2 / (2 m)$ over the 65,536 sign patterns s and
 all $\alpha \ge 0$. X has correlated columns. In the problems called planted, b comes from a pattern of signs
 seen through noise; in those called arbitrary from real numbers, so that no binary weights fit well. Every
-method takes 1,000 steps on minibatches of 8 of the 48 rows, with momentum 0.9 and a cosine of the step size,
-at the settings of the experiments (`experiments/optimizers.py`), untuned for this. What it found are its
-signs, at the scale that is best for them. "float, rounded" is the signs of the least-squares solution.
+method takes 1,000 steps on minibatches of 8 of the 48 rows, with momentum 0.9 (but `bop`) and a cosine of the
+step size from 0.05, otherwise at the settings of the experiments (`experiments/optimizers.py`), without
+weight decay, untuned for this. What it found are its signs, at the scale that is best for them.
+"float, rounded" is the signs of the least-squares solution.
 """
 
 import json

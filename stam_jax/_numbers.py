@@ -48,6 +48,14 @@ def check_each(where: str, *options: tuple[str, Any, float]) -> None:
         check(where, name, value, low=low, finite=True, schedule=False)
 
 
+def check_whole(where: str, name: str, value: Any, *, low: int = 1) -> None:
+    """Raise unless `value` is a whole number of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{where}: {name} must be a whole number of at least {low}; got {value!r}.")
+    if value < low:
+        raise ValueError(f"{where}: {name} must be a whole number of at least {low}; got {value!r}.")
+
+
 def is_fixed_at(value: Any, number: float) -> bool:
     """Whether a value is known to be that number before anything is traced."""
     return isinstance(value, numbers.Real) and float(value) == number

@@ -55,10 +55,10 @@ def stam(
     step along the stochastic gradient. For plain minibatch gradients, constant finite $\rho$ and $\tau$ and a
     step of order $K^{-1/2}$, the stationarity residual falls below $\varepsilon$ within
     $K = O(\varepsilon^{-4})$ steps, and the state is a counter. Without a penalty it is inertial STAM, which
-    keeps a float copy of the weights; its default ends hard. With inertia or growing penalties the rate
-    stands as far as what `docs/theory.md` calls flip work and penalty work stays bounded; momentum and Adam
-    lie outside of it. The iteration and the theorems are this project's own formulation of the publication's
-    model and rate, whose own iteration was not available to it.
+    keeps a float copy of the weights; its default ends hard. With inertia the rate stands as far as what
+    `docs/theory.md` calls flip work stays bounded; growing penalties are covered under conditions; momentum
+    and Adam lie outside. The iteration and the theorems are this project's own formulation of the
+    publication's model and rate, whose own iteration was not available to it.
 
     Args:
         learning_rate: the step size $\eta$, at least 0. It, and every other number here, may be a schedule:

@@ -1,8 +1,8 @@
 r"""Measures of a run: how far from quantised, how far from stationary, and what flipping signs costs.
 
 The model is $\Phi(x, y, z) = f(x) + g(y) + h(z) + (\rho/2)|x-y|^2 + (\tau/2)|x-z|^2$ of docs/theory.md, at
-the y and z that are best for the float block: $y = P_Q(v)$ and $z = \mathrm{prox}_{h/\tau}(v)$, where v is x
-without inertia.
+$y = P_Q(v)$ and $z = \mathrm{prox}_{h/\tau}(v)$ of the float block v. Without inertia v is x, and these are
+the minima over y and z.
 """
 
 import functools
@@ -11,7 +11,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from stam_jax import _numbers, _state, _trees
 from stam_jax.hard import QuantizedLeaf, quantized_leaves
@@ -140,8 +142,9 @@ def residual(
 ) -> Residual:
     r"""The theorem's distance from stationarity, $|R|$ with $R = \nabla f(x) + \rho (x - y) + \tau (x - z)$.
 
-    With the full gradient it is the distance of 0 from the subdifferential of $\Phi$ at (x, y, z), which
-    `theory.bound` bounds on average over a run; with a minibatch's it has that gradient's noise on top. The
+    With the full gradient it is what `theory.bound` bounds on average over a run, and without inertia the
+    distance of 0 from the subdifferential of $\Phi$ at (x, y, z); with a minibatch's it has that gradient's
+    noise on top. The
     parts do not add up to the whole: they are vectors that may cancel. Leaves that are not quantised count
     with their gradient alone.
 
@@ -155,7 +158,8 @@ def residual(
         penalty: $\rho$ of `stam`. With inertia $\kappa$ the pull that is left is $(1 - \kappa)\rho$: give
             that, 0 for the methods with inertia 1.
         regularizer: h of `stam`; None for none.
-        regularizer_penalty: $\tau$ of `stam`, finite where there is a regulariser.
+        regularizer_penalty: $\tau$ of `stam`, finite where there is a regulariser. (A traced infinity gives
+            NaN.)
 
     Returns:
         A `Residual`, its numbers in float32 at least.
@@ -178,7 +182,7 @@ def residual(
         docs/theory.md.
     """
     _check_model("residual", penalty, regularizer, regularizer_penalty)
-    if regularizer is not None and _numbers.is_fixed_at(regularizer_penalty, math.inf):
+    if regularizer is not None and not _is_traced(regularizer_penalty) and np.isinf(regularizer_penalty):
         raise ValueError(
             "residual: regularizer_penalty must be finite where there is a regularizer; with inf it is "
             "enforced exactly, and the residual is not defined."
@@ -201,8 +205,8 @@ def objective(
     r"""The objective $\Phi$ and its three terms: $f(x)$, $(\rho/2)|x-y|^2$ and $h(z) + (\tau/2)|x-z|^2$.
 
     y lies in the quantised set, so its own term g is 0. With $\tau = \infty$ the regulariser acts on x
-    itself, z = x. Without noise, inertia and a schedule of the penalties it falls at every step of `stam`
-    whose learning rate is at most 1 / L.
+    itself, z = x. With constant finite penalties, the projection first, and without noise and inertia, it
+    falls at every step of `stam` whose learning rate is at most 1 / L.
 
     Args:
         loss: f(x), the loss at `params`, a scalar.
@@ -323,7 +327,7 @@ def effective_step(
         regularizer_penalty: $\tau$ of `stam`; 0 without a regulariser.
 
     Returns:
-        $\hat\eta$, a Python number of Python numbers, and an array of arrays.
+        $\hat\eta$, a Python number of Python numbers and an array of arrays; they are not checked.
 
     Example:
         >>> from stam_jax import diagnostics
@@ -349,10 +353,16 @@ def _points(opt_state: Any, params: Any) -> dict[str, _Point]:
     return {name: point(leaf) for name, leaf in quantized_leaves(opt_state, params).items()}
 
 
+def _is_traced(value: Any) -> bool:
+    """Whether a number is not known before the function runs."""
+    return isinstance(value, jax.core.Tracer)
+
+
 def _check_model(where: str, penalty: Any, regularizer: Any, regularizer_penalty: Any) -> None:
     """Raise for penalties out of range, or something else for a regulariser."""
-    _numbers.check(where, "penalty", penalty, finite=True, schedule=False)
-    _numbers.check(where, "regularizer_penalty", regularizer_penalty, schedule=False)
+    for name, value in (("penalty", penalty), ("regularizer_penalty", regularizer_penalty)):
+        known = value if _is_traced(value) else np.asarray(value)
+        _numbers.check(where, name, known, finite=name == "penalty", schedule=False)
     if regularizer is not None:
         _state.check_has(where, "regularizer", regularizer, "prox")
 
@@ -387,7 +397,8 @@ def _square(x: jax.Array) -> jax.Array:
 
 def _sum(terms: list[Terms]) -> Terms:
     """Each number summed over the leaves."""
-    return jax.tree.map(lambda *numbers: jnp.sum(jnp.stack(numbers)), *terms)
+    zero = Terms(*(jnp.zeros([], jnp.float32) for _ in Terms._fields))
+    return jax.tree.map(lambda *numbers: jnp.sum(jnp.stack(numbers)), zero, *terms)
 
 
 @functools.partial(jax.jit, static_argnames="regularizer")
@@ -433,9 +444,11 @@ def _objective(
         x = weights[name].astype(v.dtype)
         quantised += rho / 2 * _square(x - y)
         if regularizer is not None:
-            z = _constrained(jnp.where(jnp.isinf(tau), x, v), tau, regularizer)
+            z = _constrained(v, tau, regularizer)
             coupling = jnp.where(jnp.isinf(tau), 0.0, tau)
-            constrained += regularizer.value(z) + coupling / 2 * _square(x - z)
+            # x itself in its own digits, which a box may be told to.
+            value = jnp.where(jnp.isinf(tau), regularizer.value(weights[name]), regularizer.value(z))
+            constrained += value + coupling / 2 * jnp.where(jnp.isinf(tau), 0.0, _square(x - z))
     loss = jnp.asarray(loss)
     loss = loss.astype(_state.wide(loss))
     return Terms(loss + quantised + constrained, loss, quantised, constrained)

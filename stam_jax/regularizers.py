@@ -64,7 +64,8 @@ class Box:
 
     def value(self, z: jax.Array) -> jax.Array:
         """0 in the box, infinite outside."""
-        return jnp.where(jnp.all(jnp.abs(_widened(z)) <= self.limit), 0.0, jnp.inf)
+        # The limit as the prox rounds it, to the digits of z.
+        return jnp.where(jnp.all(jnp.abs(z) <= jnp.asarray(self.limit, z.dtype)), 0.0, jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)

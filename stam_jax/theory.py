@@ -6,9 +6,10 @@ times the residual R, and
 
 $$\frac1K \sum_{k<K} E|R_k|^2 \le \frac{2 (\Phi_0 - \Phi_{\inf})}{\hat\eta K} + L_\Phi \hat\eta \sigma^2 .$$
 
-With inertia $\kappa$ the pull that is left, $(1 - \kappa)\rho$, stands for $\rho$ in $L_\Phi$, $\Phi$ and R,
-and the flip work joins the decrease. The statements, their assumptions and proofs are this project's own; see
-docs/theory.md.
+That is for weights that are all quantised. Those of a tree that are not move by $\eta$ itself, and their
+noise $\sigma_f^2$ adds $L \eta^2 \sigma_f^2 / \hat\eta$. With inertia $\kappa$ the pull that is left,
+$(1 - \kappa)\rho$, stands for $\rho$ in $L_\Phi$, $\Phi$ and R, and the flip work joins the decrease. The
+statements, their assumptions and proofs are this project's own; see docs/theory.md.
 """
 
 import functools
@@ -33,22 +34,26 @@ def bound(
     penalty: float = 0.0,
     inertia: float = 0.0,
     regularizer_penalty: float = 0.0,
+    float_noise: float = 0.0,
 ) -> float:
     r"""What the theorem allows the squared residual to be on average over a run.
 
-    $2 \Delta / (\hat\eta K) + (L + (1 - \kappa)\rho + \tau)\,\hat\eta\,\sigma^2$ with
-    $\hat\eta = \eta / (1 + \eta (\rho + \tau))$.
+    $2 \Delta / (\hat\eta K) + (L + (1 - \kappa)\rho + \tau)\,\hat\eta\,\sigma^2 + L\eta^2\sigma_f^2/\hat\eta$
+    with $\hat\eta = \eta / (1 + \eta (\rho + \tau))$.
 
     Args:
         learning_rate: the step $\eta$ of `stam`, at most 1 / `smoothness`.
         smoothness: L, of the loss: its gradient's Lipschitz constant.
-        noise: $\sigma$, the root of the mean squared distance of a stochastic gradient from the gradient.
+        noise: $\sigma$, the root of the mean squared distance of a stochastic gradient from the gradient,
+            over the quantised weights.
         decrease: $\Delta = \Phi_0 - \Phi_{\inf}$, how far the objective can fall. With inertia, that of the
-            objective with $(1 - \kappa)\rho$, and the sum of the `diagnostics.flip_work` of all steps.
+            objective with $(1 - \kappa)\rho$, and the sum of the `diagnostics.flip_work` of all steps, which
+            may make it negative.
         steps: K, of the run.
         penalty: $\rho$ of `stam`.
         inertia: $\kappa$ of `stam`.
         regularizer_penalty: $\tau$ of `stam`; 0 with inertia.
+        float_noise: $\sigma_f$, the same root over the weights that are not quantised.
 
     Returns:
         The right-hand side of the theorem.
@@ -65,7 +70,9 @@ def bound(
     References:
         docs/theory.md.
     """
-    _check("bound", smoothness, noise, decrease, steps, penalty, inertia, regularizer_penalty)
+    _check("bound", smoothness, noise, steps, penalty, inertia, regularizer_penalty)
+    _numbers.check("bound", "decrease", decrease, low=-math.inf, finite=True, schedule=False)
+    _numbers.check("bound", "float_noise", float_noise, finite=True, schedule=False)
     _numbers.check("bound", "learning_rate", learning_rate, finite=True, schedule=False)
     # To rounding: 1 / L itself is allowed.
     if not 0 < learning_rate * smoothness <= 1 + 1e-9:
@@ -75,7 +82,8 @@ def bound(
         )
     moved = effective_step(learning_rate, penalty=penalty, regularizer_penalty=regularizer_penalty)
     left = smoothness + (1 - inertia) * penalty + regularizer_penalty
-    return 2 * decrease / (moved * steps) + left * moved * noise**2
+    of_floats = smoothness * learning_rate**2 / moved * float_noise**2
+    return 2 * decrease / (moved * steps) + left * moved * noise**2 + of_floats
 
 
 def step_size(
@@ -88,7 +96,7 @@ def step_size(
     inertia: float = 0.0,
     regularizer_penalty: float = 0.0,
 ) -> float:
-    r"""The step for which the theorem's bound is least.
+    r"""The step for which the theorem's bound is least, where all weights are quantised.
 
     $\hat\eta = \min\{1/(L + \rho + \tau),\ \sqrt{2 \Delta / (K L_\Phi \sigma^2)}\}$ with
     $L_\Phi = L + (1 - \kappa)\rho + \tau$, and $\eta = \hat\eta / (1 - \hat\eta (\rho + \tau))$. With noise
@@ -98,7 +106,7 @@ def step_size(
     Args:
         smoothness: L, as in `bound`.
         noise: $\sigma$, as in `bound`.
-        decrease: $\Delta$, as in `bound`.
+        decrease: $\Delta$, as in `bound`, above 0. Flip work depends on the step, and so is no part of it.
         steps: K, as in `bound`.
         penalty: $\rho$ of `stam`.
         inertia: $\kappa$ of `stam`.
@@ -119,7 +127,10 @@ def step_size(
     References:
         docs/theory.md.
     """
-    _check("step_size", smoothness, noise, decrease, steps, penalty, inertia, regularizer_penalty)
+    _check("step_size", smoothness, noise, steps, penalty, inertia, regularizer_penalty)
+    _numbers.check("step_size", "decrease", decrease, finite=True, schedule=False)
+    if decrease == 0:
+        raise ValueError(f"step_size: decrease must be above 0; got {decrease!r}.")
     pull = penalty + regularizer_penalty
     total = smoothness + pull
     moved = 1 / total
@@ -134,7 +145,6 @@ def _check(
     where: str,
     smoothness: float,
     noise: float,
-    decrease: float,
     steps: int,
     penalty: float,
     inertia: float,
@@ -144,14 +154,12 @@ def _check(
     values = {
         "smoothness": smoothness,
         "noise": noise,
-        "decrease": decrease,
         "penalty": penalty,
         "regularizer_penalty": regularizer_penalty,
     }
     _numbers.check_each(where, *((name, value, 0) for name, value in values.items()), ("steps", steps, 1))
-    for name in ("smoothness", "decrease"):
-        if values[name] == 0:
-            raise ValueError(f"{where}: {name} must be above 0; got {values[name]!r}.")
+    if smoothness == 0:
+        raise ValueError(f"{where}: smoothness must be above 0; got {smoothness!r}.")
     _numbers.check(where, "inertia", inertia, high=1.0, schedule=False)
     if inertia > 0 and regularizer_penalty > 0:
         raise ValueError(f"{where}: no theorem covers inertia together with a regularizer_penalty.")
@@ -181,7 +189,7 @@ def estimate_smoothness(
 
     Args:
         loss: a function of the parameters to a scalar, on the data that matter; twice differentiable.
-        params: the point, a pytree of arrays.
+        params: the point, a pytree of arrays of floating-point numbers.
         key: random key of the start.
         iterations: Hessian-vector products to take.
 
@@ -190,6 +198,7 @@ def estimate_smoothness(
 
     Raises:
         ValueError: if `iterations` is below 1.
+        TypeError: if `iterations` is not a whole number.
 
     Example:
         >>> import jax
@@ -202,7 +211,7 @@ def estimate_smoothness(
     References:
         Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6 (1994).
     """
-    _numbers.check("estimate_smoothness", "iterations", iterations, low=1, finite=True, schedule=False)
+    _numbers.check_whole("estimate_smoothness", "iterations", iterations)
     return _power_iteration(loss, params, key, iterations)
 
 
@@ -216,7 +225,8 @@ def _power_iteration(
 
     def scaled(u: Any) -> Any:
         size = norm(u)
-        return jax.tree.map(lambda leaf: jnp.where(size > 0, leaf / jnp.where(size > 0, size, 1), 0), u)
+        size_or_1 = jnp.where(size > 0, size, 1)
+        return jax.tree.map(lambda leaf: jnp.where(size > 0, leaf / size_or_1, 0).astype(leaf.dtype), u)
 
     def step(_: jax.Array, carry: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, jax.Array, jax.Array]:
         u, value, _ = carry

@@ -57,7 +57,7 @@ def trace_diagnostics(
     The updates are those of the optimiser inside, unchanged. Put it around the whole chain, so that the
     residual is that of the gradient and not of what momentum made of it; and read
     `optax.tree.get(opt_state, "diagnostics")`, under jit and scan too. A recorded step costs two projections
-    and a few passes over the weights.
+    and a few passes over the weights. Put it inside `optax.MultiSteps`, to record whole steps.
 
     Args:
         optimizer: a chain that ends in `stam`, or in one of its methods.
@@ -65,14 +65,15 @@ def trace_diagnostics(
             one, may be a schedule, read at the step count of this transform.
         regularizer: h, as in `diagnostics.residual`.
         regularizer_penalty: as in `diagnostics.residual`.
-        every: record the first step of so many; the others keep the last record, and cost nothing.
+        every: record the first step of so many; the others keep the last record, and cost nothing but under
+            `vmap`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` whose state is a `TraceState`.
 
     Raises:
         ValueError: for a number out of range; in `init`, for an optimiser without a state of `stam`.
-        TypeError: for an argument of the wrong kind.
+        TypeError: for an argument of the wrong kind, such as a fraction for `every`.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -90,12 +91,37 @@ def trace_diagnostics(
     _state.check_has(where, "optimizer", optimizer, "init", "update")
     _numbers.check(where, "penalty", penalty, finite=True)
     _numbers.check(where, "regularizer_penalty", regularizer_penalty)
-    _numbers.check(where, "every", every, low=1, finite=True, schedule=False)
+    _numbers.check_whole(where, "every", every)
     if regularizer is not None:
         _state.check_has(where, "regularizer", regularizer, "prox")
         if _numbers.is_fixed_at(regularizer_penalty, math.inf):
             raise ValueError(f"{where}: regularizer_penalty must be finite where there is a regularizer.")
     chain = optax.with_extra_args_support(optimizer)
+
+    def measured(
+        state: TraceState, inner: Any, params: Any, updates: Any, moves: Any, rho: Any, tau: Any
+    ) -> Any:
+        left = residual(
+            updates, state.inner, params, penalty=rho, regularizer=regularizer, regularizer_penalty=tau
+        )
+        reached = optax.apply_updates(params, moves)
+        hard = [
+            {name: leaf.hard for name, leaf in quantized_leaves(*pair).items()}
+            for pair in ((state.inner, params), (inner, reached))
+        ]
+        found = StepDiagnostics(
+            residual=left.whole.total,
+            gap=quantisation_gap(inner, reached),
+            flips=sign_flips(*hard),
+            moved=optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(_state.wide(leaf)), moves)),
+        )
+        return jax.tree.map(lambda number: number.astype(jnp.float32), found)
+
+    # Compiled once, also where the steps themselves are not.
+    @jax.jit
+    def record(state: TraceState, *reached: Any) -> StepDiagnostics:
+        kept = lambda state, *_: state.diagnostics
+        return jax.lax.cond(state.count % every == 0, measured, kept, state, *reached)
 
     def init(params: Any) -> TraceState:
         inner = chain.init(params)
@@ -107,29 +133,8 @@ def trace_diagnostics(
         _state.check_own(where, state, TraceState)
         moves, inner = chain.update(updates, state.inner, params, **extra_args)
 
-        def measured() -> StepDiagnostics:
-            left = residual(
-                updates,
-                state.inner,
-                params,
-                penalty=_numbers.at(penalty, state.count),
-                regularizer=regularizer,
-                regularizer_penalty=_numbers.at(regularizer_penalty, state.count),
-            )
-            reached = optax.apply_updates(params, moves)
-            hard = [
-                {name: leaf.hard for name, leaf in quantized_leaves(*pair).items()}
-                for pair in ((state.inner, params), (inner, reached))
-            ]
-            found = StepDiagnostics(
-                residual=left.whole.total,
-                gap=quantisation_gap(inner, reached),
-                flips=sign_flips(*hard),
-                moved=optax.tree.norm(moves),
-            )
-            return jax.tree.map(lambda number: number.astype(jnp.float32), found)
-
-        recorded = jax.lax.cond(state.count % every == 0, measured, lambda: state.diagnostics)
+        pulls = _numbers.at(penalty, state.count), _numbers.at(regularizer_penalty, state.count)
+        recorded = record(state, inner, params, updates, moves, *pulls)
         count = jnp.asarray(optax.safe_increment(state.count))
         return moves, TraceState(count, recorded, inner)
 

@@ -234,6 +234,18 @@ def test_the_effective_step_is_below_that_of_every_smoothness():
     [
         (lambda s, p: diagnostics.residual(p, s, p, penalty=-1.0), ValueError, "residual: penalty"),
         (lambda s, p: diagnostics.residual(p, s, p, penalty=math.inf), ValueError, "residual: penalty"),
+        (
+            lambda s, p: diagnostics.residual(p, s, p, penalty=jnp.array(-1.0)),
+            ValueError,
+            "residual: penalty",
+        ),
+        (
+            lambda s, p: diagnostics.residual(
+                p, s, p, regularizer=Ridge(), regularizer_penalty=jnp.array(jnp.inf)
+            ),
+            ValueError,
+            "regularizer_penalty must be finite",
+        ),
         (lambda s, p: diagnostics.residual({"a": p["kernel"]}, s, p), ValueError, r"kernel \(5, 3\)"),
         (
             lambda s, p: diagnostics.residual({**p, "kernel": p["kernel"].T}, s, p),
@@ -358,6 +370,7 @@ def test_a_recorded_optimiser_does_what_it_does_alone(inner):
         (lambda: trace_diagnostics(len), TypeError, "optimizer must be an object with init, update"),  # pyright: ignore
         (lambda: trace_diagnostics(stam(ETA), penalty=-1.0), ValueError, "trace_diagnostics: penalty"),
         (lambda: trace_diagnostics(stam(ETA), every=0), ValueError, "trace_diagnostics: every"),
+        (lambda: trace_diagnostics(stam(ETA), every=2.5), TypeError, "every must be a whole number"),  # pyright: ignore
         (
             lambda: trace_diagnostics(stam(ETA), regularizer=Box()),
             ValueError,
@@ -374,6 +387,48 @@ def test_a_recorded_optimiser_does_what_it_does_alone(inner):
 def test_a_recorder_with_nothing_to_record_is_refused(build, error, words):
     with pytest.raises(error, match=words):
         build()
+
+
+def test_a_step_that_is_not_compiled_is_recorded_by_one_that_is():
+    traced = trace_diagnostics(stam(ETA, penalty=RHO), penalty=RHO)
+    params = helpers.start(PROBLEM)
+    state = helpers.begin(traced, params)
+    params, state = helpers.take_step(traced, params, state, params)
+    params, state = helpers.take_step(traced, params, state, params)
+    compilations = []
+    note = lambda event, duration_secs, **_: (
+        compilations.append(event) if "backend_compile" in event else None
+    )
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        for _ in range(3):
+            params, state = helpers.take_step(traced, params, state, params)
+        assert compilations == []
+        jax.jit(lambda x: 3 * x + len(compilations))(1.0)
+        assert len(compilations) == 1  # It does count.
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_norms_of_moves_in_half_precision_do_not_overflow():
+    params = jnp.full((4, 4), 100.0, jnp.float16)
+    traced = trace_diagnostics(stam(100.0, penalty=0.0))
+    state = helpers.begin(traced, params)
+    _, state = helpers.take_step(traced, jnp.full((4, 4), 300.0, jnp.float16), state, params)
+    np.testing.assert_allclose(state.diagnostics.moved, 4 * 30_000, rtol=1e-3)
+
+
+def test_the_box_allows_what_its_prox_gives_in_any_precision():
+    box, v = Box(0.3), jnp.array([[1.0, -1.0]], jnp.bfloat16)
+    z = box.prox(v, 1.0)
+    assert box.value(z) == 0
+    state = stam(ETA, penalty=RHO, regularizer=box).init(z)
+    assert diagnostics.objective(0.0, state, z, penalty=RHO, regularizer=box).constrained == 0
+
+
+def test_a_network_without_leaves_is_stationary():
+    state = stam(ETA, penalty=RHO).init({})
+    assert diagnostics.residual({}, state, {}).whole.total == 0
 
 
 def test_a_scale_per_tensor_is_measured_with_that_scale():

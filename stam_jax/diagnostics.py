@@ -144,9 +144,8 @@ def residual(
 
     With the full gradient it is what `theory.bound` bounds on average over a run, and without inertia the
     distance of 0 from the subdifferential of $\Phi$ at (x, y, z); with a minibatch's it has that gradient's
-    noise on top. The
-    parts do not add up to the whole: they are vectors that may cancel. Leaves that are not quantised count
-    with their gradient alone.
+    noise on top. The parts do not add up to the whole: they are vectors that may cancel. Leaves that are not
+    quantised count with their gradient alone.
 
     A small residual does not make a good network: every sign pattern with its best scales satisfies the
     condition on y. Look at the loss or the accuracy of the quantised network beside it.
@@ -361,7 +360,8 @@ def _is_traced(value: Any) -> bool:
 def _check_model(where: str, penalty: Any, regularizer: Any, regularizer_penalty: Any) -> None:
     """Raise for penalties out of range, or something else for a regulariser."""
     for name, value in (("penalty", penalty), ("regularizer_penalty", regularizer_penalty)):
-        known = value if _is_traced(value) else np.asarray(value)
+        # The value of an array is known here, but inside jit.
+        known = np.asarray(value) if isinstance(value, jax.Array) and not _is_traced(value) else value
         _numbers.check(where, name, known, finite=name == "penalty", schedule=False)
     if regularizer is not None:
         _state.check_has(where, "regularizer", regularizer, "prox")

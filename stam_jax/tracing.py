@@ -61,8 +61,8 @@ def trace_diagnostics(
 
     Args:
         optimizer: a chain that ends in `stam`, or in one of its methods.
-        penalty: the pull towards the quantised weights, as in `diagnostics.residual`; it, and the next but
-            one, may be a schedule, read at the step count of this transform.
+        penalty: the pull towards the quantised weights, as in `diagnostics.residual`; it and
+            `regularizer_penalty` may be schedules, read at the step count of this transform.
         regularizer: h, as in `diagnostics.residual`.
         regularizer_penalty: as in `diagnostics.residual`.
         every: record the first step of so many; the others keep the last record, and cost nothing but under
@@ -132,7 +132,6 @@ def trace_diagnostics(
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, TraceState]:
         _state.check_own(where, state, TraceState)
         moves, inner = chain.update(updates, state.inner, params, **extra_args)
-
         pulls = _numbers.at(penalty, state.count), _numbers.at(regularizer_penalty, state.count)
         recorded = record(state, inner, params, updates, moves, *pulls)
         count = jnp.asarray(optax.safe_increment(state.count))

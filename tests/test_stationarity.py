@@ -254,6 +254,11 @@ def test_the_effective_step_is_below_that_of_every_smoothness():
         ),
         (lambda s, p: diagnostics.residual(p, (), p), ValueError, "no StamState"),
         (
+            lambda s, p: diagnostics.residual(p, s, p, penalty=lambda count: 1.0),  # pyright: ignore
+            TypeError,
+            r"residual: penalty must be a number in \[0, inf\)",
+        ),
+        (
             lambda s, p: diagnostics.residual(p, s, p, regularizer=Ridge, regularizer_penalty=1.0),  # pyright: ignore
             TypeError,
             "regularizer must be an object",
@@ -408,6 +413,33 @@ def test_a_step_that_is_not_compiled_is_recorded_by_one_that_is():
         assert len(compilations) == 1  # It does count.
     finally:
         jax.monitoring.clear_event_listeners()
+
+
+WRAPPERS = {
+    "several batches": lambda recorded: optax.MultiSteps(recorded(0.1), 2),
+    "changeable numbers": lambda recorded: optax.inject_hyperparams(recorded)(learning_rate=0.1),
+    "a part": lambda recorded: optax.partition(
+        {"here": recorded(0.1), "there": optax.sgd(0.1)}, {"kernel": "here", "bias": "there"}
+    ),
+    "a mask": lambda recorded: optax.masked(recorded(0.1), {"kernel": True, "bias": False}),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_recorder_records_inside_other_wrappers(wrap):
+    def recorded(learning_rate):
+        return trace_diagnostics(stam(learning_rate, penalty=RHO), penalty=RHO)
+
+    optimizer = wrap(recorded)
+    params = helpers.start(PROBLEM)
+    state = helpers.begin(optimizer, params)
+    for _ in range(4):
+        gradients = jax.tree.map(jnp.ones_like, params)
+        params, state = helpers.take_step(optimizer, gradients, state, params)
+    found = optax.tree.get(state, "diagnostics")
+    assert np.all(np.isfinite(np.array(found)))
+    assert found.residual > 0
+    assert found.moved > 0
 
 
 def test_norms_of_moves_in_half_precision_do_not_overflow():

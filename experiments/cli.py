@@ -87,6 +87,28 @@ def table(
     return 1 if tables.table(settings, execution, output, _joined(execution)) else 0
 
 
+def study(
+    name: str,
+    execution: Annotated[Execution, Parameter(name="*")] = _EXECUTION,
+    *,
+    output: Path | None = None,
+) -> int:
+    """Put a question to the validation images: train what a study lists, and leave the test images alone.
+
+    Parameters
+    ----------
+    name
+        A TOML file of a study, or the name of one in experiments/studies.
+    output
+        Folder for the results, by default runs/ and the study's name; what is finished in it stays.
+    """
+    from experiments import study as studies
+
+    path = studies.named(name)
+    folder = Path("runs") / path.stem if output is None else output
+    return 1 if studies.study(path, execution, folder, _joined(execution)) else 0
+
+
 def evaluate(
     path: Path,
     *,
@@ -209,7 +231,7 @@ def _application() -> App:
         suppress_keyboard_interrupt=False,
     )
     app.meta.suppress_keyboard_interrupt = False
-    for command in (train, compare, table, evaluate, inspect, predict, export, report, prepare):
+    for command in (train, compare, table, study, evaluate, inspect, predict, export, report, prepare):
         app.command(command)
 
     @app.meta.default

@@ -1,12 +1,14 @@
 """Several runs in a row: what is finished is left, what is unfinished goes on, what fails is told."""
 
+import contextlib
 import functools
 import gc
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import filelock
 import jax
 from rich.console import Console
 from rich.progress import (
@@ -31,11 +33,13 @@ class Job(NamedTuple):
         settings: of the run.
         folder: where it goes.
         start: the folder of the float run whose weights it begins at, if any.
+        judged_on: the images that its result is of. Only a run judged on the test images leaves weights.
     """
 
     settings: TrainSettings
     folder: Path
     start: Path | None = None
+    judged_on: Literal["test", "validation"] = "test"
 
 
 class Failure(NamedTuple):
@@ -96,7 +100,7 @@ def with_warm_start(job: Job, folder: Path) -> Sequence[Job]:
 def run(
     jobs: Sequence[Job], execution: Execution, console: Console, finished: Callable[[Job], Any]
 ) -> list[Failure]:
-    """Train what is not finished yet, one after the other.
+    """Train what is not finished yet, one after the other; what another process trains is left to it.
 
     Args:
         jobs: the runs, each begun by `runs.begin`.
@@ -128,28 +132,50 @@ def run(
     ):
         total = progress.add_task("all", total=len(jobs), unit="runs", images=0, note="")
         progress.update(total, visible=len(jobs) > 1)
+        elsewhere: set[Path] = set()
         for done, job in enumerate(jobs):
-            if not _exists(job.folder / runs.RESULT):
-                if stop_requested():
-                    raise StoppedError(f"stopped after {done} of {len(jobs)} runs")
-                shared = job.settings.without_seed()
-                try:
-                    if current is None or current[0] != shared:
-                        current = None
-                        gc.collect()  # A trainer holds functions that hold it: this frees the devices.
-                        current = shared, trainer(job.settings, execution)
-                    _run(job, current[1], progress, stop_requested)
-                except StoppedError:
-                    raise
-                except Exception as error:
-                    if jax.process_count() > 1:
-                        raise  # The others may be waiting for this process.
-                    traceback.clear_frames(error.__traceback__)  # They hold arrays on the devices.
-                    failures.append(Failure(job, error))
-                    (job.folder / runs.ERROR).write_text(f"{type(error).__name__}: {error}\n")
-                finished(job)
+            with _claimed(job.folder) as is_ours:
+                if not is_ours or job.start in elsewhere:
+                    elsewhere.add(job.folder)
+                elif not _exists(job.folder / runs.RESULT):
+                    if stop_requested():
+                        raise StoppedError(f"stopped after {done} of {len(jobs)} runs")
+                    shared = job.settings.without_seed()
+                    try:
+                        if current is None or current[0] != shared:
+                            current = None
+                            gc.collect()  # A trainer holds functions that hold it: this frees the devices.
+                            current = shared, trainer(job.settings, execution)
+                        _run(job, current[1], progress, stop_requested)
+                    except StoppedError:
+                        raise
+                    except Exception as error:
+                        if jax.process_count() > 1:
+                            raise  # The others may be waiting for this process.
+                        traceback.clear_frames(error.__traceback__)  # They hold arrays on the devices.
+                        failures.append(Failure(job, error))
+                        (job.folder / runs.ERROR).write_text(f"{type(error).__name__}: {error}\n")
+                    finished(job)
             progress.advance(total)
+    if elsewhere:
+        console.print(f"left to other processes: {len(elsewhere)} of {len(jobs)} runs", highlight=False)
     return failures
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path) -> Iterator[bool]:
+    """Whether a run is this command's, and not under way in another on the same folder; held meanwhile."""
+    lock = filelock.FileLock(folder / runs.LOCK)
+    ours = True
+    if devices.is_first():
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            ours = False
+    try:
+        yield devices.agreed(ours)
+    finally:
+        lock.release()
 
 
 def _exists(path: Path) -> bool:
@@ -171,7 +197,8 @@ def _run(job: Job, trainer: Trainer, progress: Progress, stop_requested: Callabl
     note = lambda row: progress.update(task, note=_note(row))
     told = training.Progress(lambda step: progress.update(task, completed=step), note)
     try:
-        row = trainer.run(settings.seed, job.folder, told, start=start, stop_requested=stop_requested)
+        carry_out = trainer.run if job.judged_on == "test" else trainer.rehearse
+        row = carry_out(settings.seed, job.folder, told, start=start, stop_requested=stop_requested)
     finally:
         progress.remove_task(task)
     if devices.is_first():

@@ -18,7 +18,7 @@ from experiments.config import Settings, SettingsError, TrainSettings
 
 CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
 METRICS, CURVES = "metrics.jsonl", "curves.png"
-CHECKPOINTS, TENSORBOARD, ERROR = "checkpoints", "tensorboard", "error.txt"
+CHECKPOINTS, TENSORBOARD, ERROR, LOCK = "checkpoints", "tensorboard", "error.txt", "run.lock"
 # What a comparison or a table may be given more of when it goes on.
 _MAY_GROW = ("methods", "seeds")
 RELAXED, PACKED = "relaxed.safetensors", "packed.safetensors"

@@ -43,6 +43,18 @@ class State(NamedTuple):
     step: jax.Array
 
 
+class Trained(NamedTuple):
+    """What training ends with.
+
+    Args:
+        state: after the last step.
+        seconds: that it took, over all its parts if it was stopped.
+    """
+
+    state: State
+    seconds: float
+
+
 class Progress(NamedTuple):
     """What a run tells of itself while it goes on.
 
@@ -205,7 +217,53 @@ class Trainer:
         start: Path | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any]:
-        """Train from one seed; write metrics and weights; judge on the test images, once.
+        """Train from one seed, as `train`; write the weights; judge on the test images, once.
+
+        Args:
+            seed: as of `train`, like all the others.
+            folder: where the files go.
+            progress: told of every step and every measurement.
+            start: a file of `files.save_float` with the weights to begin at; random ones by default.
+            stop_requested: asked after every step whether to stop there.
+
+        Returns:
+            The row of results.
+
+        Raises:
+            DivergedError: if the loss of an epoch is not a finite number.
+            StoppedError: if it was asked to stop before the last step; the state is saved.
+        """
+        trained = self.train(seed, folder, progress, start=start, stop_requested=stop_requested)
+        began = time.perf_counter()
+        row = self._judge(trained.state, seed, folder)
+        return row | {"seed": seed, "seconds": trained.seconds + time.perf_counter() - began}
+
+    def rehearse(self, seed: int, folder: Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Train from one seed, as `train`; judge on the validation images, and leave the test images alone.
+
+        Args:
+            seed: as of `train`, like all the others.
+            folder: where the metrics go.
+            *arguments: as of `train`.
+            **options: as of `train`.
+
+        Returns:
+            The metrics after the last epoch, with the method and the seed.
+        """
+        seconds = self.train(seed, folder, *arguments, **options).seconds
+        last = runs.read_metrics(folder / runs.METRICS)[-1]
+        return {"method": self.settings.method, **last, "seed": seed, "seconds": seconds}
+
+    def train(
+        self,
+        seed: int,
+        folder: Path,
+        progress: Progress = _SILENT,
+        *,
+        start: Path | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> Trained:
+        """Train from one seed; write metrics, measured on the validation images.
 
         Where the folder holds a checkpoint, the run goes on from there, and ends as if it had never stopped.
 
@@ -217,7 +275,7 @@ class Trainer:
             stop_requested: asked after every step whether to stop there.
 
         Returns:
-            The row of results.
+            The state after the last step, and the seconds that it took.
 
         Raises:
             DivergedError: if the loss of an epoch is not a finite number.
@@ -266,8 +324,7 @@ class Trainer:
                             f"stopped in epoch {epoch + 1}, after {step} of {self.steps} steps"
                         )
                 first = 0
-        row = self._judge(state, seed, folder)
-        return row | {"seed": seed, "seconds": seconds()}
+        return Trained(state, seconds())
 
     def _measure(
         self,

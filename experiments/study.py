@@ -1,0 +1,180 @@
+"""The command `study`: a question put to the validation images, by runs that differ in a few settings."""
+
+import dataclasses
+import glob
+import itertools
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, cast
+
+import rich.box
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.config import Dict
+from rich.console import Console
+from rich.table import Table
+
+from experiments import compare, devices, grid, runs
+from experiments.config import Execution, SettingsError, TrainSettings
+from experiments.grid import Job
+
+STUDIES = Path(__file__).parent / "studies"
+STUDY = "study.json"
+_DEFAULTS = TrainSettings()
+_KEYS = ("question", "seeds", "settings", "trials")
+
+
+class Trial(NamedTuple):
+    """One answer to the question.
+
+    Args:
+        name: what it has that the study's common settings have not, as "setting=value", or "as given".
+        settings: of its runs, which differ by their seeds alone.
+    """
+
+    name: str
+    settings: TrainSettings
+
+
+class Study(NamedTuple):
+    """A question, and the runs that are to answer it.
+
+    Args:
+        question: in words.
+        seeds: of each trial: 0, 1, and so on.
+        trials: in the order of the file.
+    """
+
+    question: str
+    seeds: int
+    trials: tuple[Trial, ...]
+
+
+def read(path: Path) -> Study:
+    """The study in a TOML file.
+
+    It has a `question`, the number of `seeds`, common `settings` (as of the command `train`), and a list of
+    `trials`: each is a mapping from settings to a value or to a list of values, and stands for all their
+    combinations.
+
+    Raises:
+        SettingsError: if the file is missing or says something else, with what is wrong and where.
+    """
+    try:
+        content = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"cannot read the study {path}: {error}") from error
+    wrong = [key for key in content if key not in _KEYS] or [key for key in _KEYS if key not in content]
+    if wrong:
+        raise SettingsError(f"{path}: a study has {', '.join(_KEYS)}; look at {wrong[0]!r}.")
+    trials: dict[TrainSettings, Trial] = {}
+    for number, mapping in enumerate(content["trials"], 1):
+        for values in _combinations(mapping):
+            try:
+                settings = _settings({**content["settings"], **values})
+            except CycloptsError as error:
+                raise SettingsError(f"{path}, trial {number}: {' '.join(str(error).split())}") from error
+            name = " ".join(f"{key}={_text(value)}" for key, value in values.items()) or "as given"
+            if settings in trials:
+                raise SettingsError(f"{path}, trial {number}: {name} is there already.")
+            trials[settings] = Trial(name, settings)
+    seeds = content["seeds"]
+    if not isinstance(seeds, int) or seeds < 1:
+        raise SettingsError(f"{path}: seeds is the number of runs of each trial, at least 1; got {seeds!r}.")
+    if not trials:
+        raise SettingsError(f"{path}: there are no trials.")
+    return Study(content["question"], seeds, tuple(trials.values()))
+
+
+def _combinations(mapping: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every way to choose a value for each setting of a trial."""
+    choices = [value if isinstance(value, list) else [value] for value in mapping.values()]
+    for chosen in itertools.product(*choices):
+        yield dict(zip(mapping, chosen, strict=True))
+
+
+def _settings(values: dict[str, Any]) -> TrainSettings:
+    """The settings of a run from their values, checked as those of the command line are."""
+    app = App(config=Dict(values, use_commands_as_keys=False), result_action="return_value")
+
+    @app.default
+    def take(settings: Annotated[TrainSettings, Parameter(name="*")] = _DEFAULTS) -> TrainSettings:
+        return settings
+
+    return cast(TrainSettings, app([], exit_on_error=False, print_error=False))
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def named(name: str) -> Path:
+    """The file of a study: a path, or a name in `experiments/studies`.
+
+    Raises:
+        SettingsError: if there is neither.
+    """
+    known = {path.stem: path for path in sorted(STUDIES.glob("*.toml"))}
+    path = known.get(name, Path(name))
+    if not path.is_file():
+        raise SettingsError(f"there is no study {name!r}; give a TOML file, or one of {', '.join(known)}.")
+    return path
+
+
+def study(path: Path, execution: Execution, folder: Path, console: Console) -> list[grid.Failure]:
+    """Train every run of a study that is missing; print the table; return the runs that failed.
+
+    Raises:
+        SettingsError: if the study is not well-formed, or its settings do not go together.
+    """
+    asked = read(path)
+    for trial in asked.trials:
+        grid.trainer(trial.settings, execution)  # Finds what is wrong before the first run.
+    jobs = []
+    for trial in asked.trials:
+        for seed in range(asked.seeds):
+            settings = dataclasses.replace(trial.settings, seed=seed)
+            place = folder / f"{trial.name.replace(' ', ',')}-seed{seed}"
+            jobs += grid.with_warm_start(Job(settings, place, judged_on="validation"), place / "float")
+    for job in jobs:
+        runs.begin(job.folder, "train", job.settings, resume=True)
+    if devices.is_first():
+        runs.write_json(
+            folder / STUDY, {"question": asked.question, "trials": [t.name for t in asked.trials]}
+        )
+    console.print(f"Folder:  {folder}", soft_wrap=True, highlight=False)
+    failures = grid.run(jobs, execution, console, lambda job: None)
+    for failure in failures:
+        console.print(f"failed: {failure}", style="bold red", highlight=False, soft_wrap=True)
+    _print(folder, console)
+    return failures
+
+
+def answers(folder: Path) -> tuple[str, dict[str, list[Mapping[str, Any]]]]:
+    """The question of a study's folder, and the results of each trial, one per seed."""
+    kept = runs.read_json(folder / STUDY)
+    rows = {
+        name: [
+            row
+            for place in sorted(folder.glob(f"{glob.escape(name.replace(' ', ','))}-seed*/{runs.RESULT}"))
+            for row in runs.read_json(place)
+        ]
+        for name in kept["trials"]
+    }
+    return kept["question"], rows
+
+
+def _print(folder: Path, console: Console) -> None:
+    question, rows = answers(folder)
+    table = Table(
+        title=f"{question} Accuracy in % on the validation images, after the last epoch",
+        title_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+    )
+    table.add_column("trial")
+    for title in ("hard", "relaxed", "seeds"):
+        table.add_column(title, justify="right")
+    for name, group in rows.items():
+        percent = lambda column, group=group: compare.percent(group, column)
+        table.add_row(name, percent("hard_accuracy"), percent("relaxed_accuracy"), str(len(group)))
+    console.print(table)

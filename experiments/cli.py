@@ -207,19 +207,20 @@ def prepare(
     _console().print(f"Prepared: {folder}", soft_wrap=True, highlight=False)
 
 
-def report(page: Path = Path("README.md")) -> None:
-    """Write the table of results of a page from the runs kept under experiments/results.
+def report(*pages: Path) -> None:
+    """Write the results on pages from the runs kept under experiments/results.
 
     Parameters
     ----------
-    page
-        Markdown page with the marks between which the table stands.
+    pages
+        Markdown pages with marks between which the results stand; by default README.md and docs/results.md.
     """
     from experiments import report as reporting
 
-    if not page.is_file():
-        raise SettingsError(f"There is no page {page}.")
-    reporting.write(page)
+    for page in pages or reporting.PAGES:
+        if not page.is_file():
+            raise SettingsError(f"There is no page {page}.")
+        reporting.write(page)
 
 
 def _application() -> App:

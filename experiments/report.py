@@ -1,29 +1,42 @@
-"""The README's table of results, written from the kept runs."""
+"""The parts of the README and of the page of results that are written from the kept runs."""
 
-from collections.abc import Sequence
+import os
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from experiments import runs
-from experiments.compare import by_method, cells
-from experiments.config import SettingsError
+from experiments import runs, study
+from experiments.compare import by_method, cells, percent
+from experiments.config import METHODS, SettingsError
 
 ROOT = Path(__file__).parent.parent
-_BEGIN = "<!-- results: begin (written by `python -m experiments report`) -->"
-_END = "<!-- results: end -->"
+RESULTS = ROOT / "experiments" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PUBLISHED = ROOT / "experiments" / "published.toml"
+
+Row = Mapping[str, Any]
 
 
-def updated(text: str, results: Path = ROOT / "experiments" / "results") -> str:
-    """A page with the part between its two marks written anew.
+def updated(text: str, page: Path, results: Path = RESULTS) -> str:
+    """A page with each part that it has the marks of written anew.
 
     Args:
-        text: the page.
-        results: a folder of folders of `compare` runs.
+        text: of the page.
+        page: its file, for the links.
+        results: a folder of folders of `compare` runs and of studies.
 
     Raises:
-        SettingsError: if the page lacks the marks.
+        SettingsError: if the page has the marks of no part, or only one of a part's two.
     """
-    parts = [_section(path.parent) for path in sorted(results.glob(f"*/{runs.RESULT}"))]
-    return between(text, _BEGIN, _END, parts)
+    parts = [name for name in _PARTS if f"<!-- {name}: " in text]
+    if not parts:
+        raise SettingsError(f"{page} holds the marks of no part; there are {', '.join(_PARTS)}.")
+    for name in parts:
+        begin = f"<!-- {name}: begin (written by `python -m experiments report`) -->"
+        sections = ["\n".join(lines) for lines in _PARTS[name](results, page)]
+        text = between(text, begin, f"<!-- {name}: end -->", sections)
+    return text
 
 
 def between(text: str, begin: str, end: str, parts: Sequence[str]) -> str:
@@ -39,30 +52,137 @@ def between(text: str, begin: str, end: str, parts: Sequence[str]) -> str:
     return before + "\n\n".join([begin, *parts, end]) + after
 
 
-def _section(folder: Path) -> str:
-    """One comparison: what was run on what, the table and the picture."""
-    rows = runs.read_json(folder / runs.RESULT)
-    settings = runs.read_json(folder / runs.CONFIG)
-    environment = runs.read_json(folder / runs.ENVIRONMENT)
-    groups = by_method(rows)
-    place = folder.relative_to(ROOT).as_posix()
-    lines = [
-        f"**{settings['model']} on {settings['dataset']}**, {settings['epochs']} epochs, batches of "
-        f"{settings['batch_size']}; accuracy in % on the test images, after the last epoch; mean and "
-        f"standard deviation over {settings['seeds']} seeds on one split; "
-        f"{environment['machine']}, jax {environment['packages']['jax']}. `python -m experiments compare "
-        f"--config {place}/{runs.CONFIG}`:",
-        "",
-        "| method | hard (binary) | relaxed (as trained) | hard, running statistics "
-        "| relaxed, running statistics | binary weights | bytes, float | bytes, packed |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-        *(f"| {' | '.join(cells(method, group))} |" for method, group in groups.items()),
-    ]
-    if (folder / runs.CURVES).is_file():
-        lines += ["", f"![Accuracy, gap and sign flips over the epochs]({place}/{runs.CURVES})"]
-    return "\n".join(lines)
-
-
 def write(page: Path) -> None:
-    """Write a page's table anew, in place."""
-    page.write_text(updated(page.read_text()))
+    """Write a page's parts anew, in place."""
+    page.write_text(updated(page.read_text(), page))
+
+
+def _comparisons(results: Path) -> list[Path]:
+    """The folders of comparisons, each with its results."""
+    return sorted(path.parent for path in results.glob(f"*/{runs.RESULT}"))
+
+
+def _network(settings: Mapping[str, Any]) -> str:
+    """A comparison's network and images, in words."""
+    width = "" if settings["width"] == 1 else f" at width {settings['width']:g}"
+    return f"{settings['model']}{width} on {settings['dataset']}"
+
+
+def _scope(settings: Mapping[str, Any]) -> str:
+    """Which kernels are binary, in words."""
+    excluded = list(settings["exclude"])
+    return f"all kernels but {', '.join(excluded)} binary" if excluded else "every kernel binary"
+
+
+def _headline(results: Path, page: Path) -> Iterator[list[str]]:
+    """A row per method and a column per comparison."""
+    columns = []
+    for folder in _comparisons(results):
+        settings = runs.read_json(folder / runs.CONFIG)
+        title = f"{_network(settings)},<br>{_scope(settings)}, {settings['epochs']} epochs"
+        columns.append((title, by_method(runs.read_json(folder / runs.RESULT))))
+    yield [
+        f"| method | {' | '.join(title for title, _ in columns)} |",
+        f"|---|{'--:|' * len(columns)}",
+        *(
+            f"| {method} | {' | '.join(_accuracy(groups.get(method, ())) for _, groups in columns)} |"
+            for method in METHODS
+            if any(method in groups for _, groups in columns)
+        ),
+    ]
+
+
+def _accuracy(group: Sequence[Row]) -> str:
+    """The accuracy of the network that a method is for, and how many seeds it is the mean of."""
+    if not group:
+        return "-"
+    name = "relaxed_accuracy" if group[0]["hard_accuracy"] is None else "hard_accuracy"
+    return f"{percent(group, name)} ({len(group)})"
+
+
+def _tables(results: Path, page: Path) -> Iterator[list[str]]:
+    """Each comparison: what was run on what, the table and the picture."""
+    for folder in _comparisons(results):
+        rows = runs.read_json(folder / runs.RESULT)
+        settings = runs.read_json(folder / runs.CONFIG)
+        environment = runs.read_json(folder / runs.ENVIRONMENT)
+        place = folder.relative_to(ROOT).as_posix()
+        yield [f"### {_network(settings)}, {_scope(settings)}"]
+        yield [
+            f"{settings['epochs']} epochs, batches of {settings['batch_size']}; accuracy in % on the test "
+            "images, after the last epoch; mean and standard deviation over the seeds (their number in "
+            f"brackets), on one split; {environment['machine']}, jax {environment['packages']['jax']}. "
+            f"`python -m experiments compare --config {place}/{runs.CONFIG}`:"
+        ]
+        yield [
+            "| method | hard (binary) | relaxed (as trained) | hard, running statistics "
+            "| relaxed, running statistics | binary weights | bytes, float | bytes, packed |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|",
+            *(
+                f"| {' | '.join(cells(f'{method} ({len(group)})', group))} |"
+                for method, group in by_method(rows).items()
+            ),
+        ]
+        if (folder / runs.CURVES).is_file():
+            yield [f"![Accuracy, gap and sign flips over the epochs]({_link(folder / runs.CURVES, page)})"]
+
+
+def _link(target: Path, page: Path) -> str:
+    """Where a file is, seen from a page."""
+    return Path(os.path.relpath(target, page.absolute().parent)).as_posix()
+
+
+def _studies(results: Path, page: Path) -> Iterator[list[str]]:
+    """Each study: its question and what every trial came to."""
+    for folder in sorted(path.parent for path in results.glob(f"*/{study.STUDY}")):
+        asked, trials = study.answers(folder)
+        settings = asked["settings"]
+        yield [f"### {asked['question']}"]
+        yield [
+            f"{_network(settings)}, {_scope(settings)}, {settings['epochs']} epochs; accuracy in % on the "
+            "validation images, after the last epoch; mean and standard deviation over the seeds."
+        ]
+        yield [
+            "| trial | hard (binary) | relaxed (as trained) | seeds |",
+            "|---|--:|--:|--:|",
+            *(
+                f"| {name} | {percent(rows, 'hard_accuracy')} | {percent(rows, 'relaxed_accuracy')} "
+                f"| {len(rows)} |"
+                for name, rows in trials.items()
+            ),
+        ]
+
+
+def _published(results: Path, page: Path) -> Iterator[list[str]]:
+    """What others report, beside what comes of the same network in the same scope here."""
+    ours = []
+    for folder in _comparisons(results):
+        settings = runs.read_json(folder / runs.CONFIG)
+        stam = by_method(runs.read_json(folder / runs.RESULT)).get("stam", ())
+        ours.append((settings, _accuracy(stam)))
+    lines = []
+    for entry in tomllib.loads(PUBLISHED.read_text())["published"]:
+        same = [
+            f"{accuracy}, {settings['epochs']} epochs"
+            for settings, accuracy in ours
+            if settings["width"] == 1
+            and all(settings[key] == entry[key] for key in ("model", "dataset", "exclude"))
+        ]
+        lines.append(
+            f"| {entry['model']} | {entry['dataset']} | {_scope(entry)} | {entry['accuracy']} "
+            f"| [{entry['source']}]({entry['link']}) | {entry['selection']} "
+            f"| {'; '.join(same) or 'not run'} |"
+        )
+    yield [
+        "| network | images | scope | published | source | which epoch, which seeds | `stam` here |",
+        "|---|---|---|--:|---|---|--:|",
+        *lines,
+    ]
+
+
+_PARTS: Mapping[str, Callable[[Path, Path], Iterator[list[str]]]] = {
+    "headline": _headline,
+    "comparisons": _tables,
+    "studies": _studies,
+    "published": _published,
+}

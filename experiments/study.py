@@ -41,11 +41,13 @@ class Study(NamedTuple):
 
     Args:
         question: in words.
+        settings: of the first trial, for what they have in common.
         seeds: of each trial: 0, 1, and so on.
         trials: in the order of the file.
     """
 
     question: str
+    settings: TrainSettings
     seeds: int
     trials: tuple[Trial, ...]
 
@@ -83,7 +85,7 @@ def read(path: Path) -> Study:
         raise SettingsError(f"{path}: seeds is the number of runs of each trial, at least 1; got {seeds!r}.")
     if not trials:
         raise SettingsError(f"{path}: there are no trials.")
-    return Study(content["question"], seeds, tuple(trials.values()))
+    return Study(content["question"], next(iter(trials)), seeds, tuple(trials.values()))
 
 
 def _combinations(mapping: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -139,9 +141,9 @@ def study(path: Path, execution: Execution, folder: Path, console: Console) -> l
     for job in jobs:
         runs.begin(job.folder, "train", job.settings, resume=True)
     if devices.is_first():
-        runs.write_json(
-            folder / STUDY, {"question": asked.question, "trials": [t.name for t in asked.trials]}
-        )
+        names = [trial.name for trial in asked.trials]
+        kept = {"question": asked.question, "trials": names, "settings": asked.settings.as_dict()}
+        runs.write_json(folder / STUDY, kept)
     console.print(f"Folder:  {folder}", soft_wrap=True, highlight=False)
     failures = grid.run(jobs, execution, console, lambda job: None)
     for failure in failures:
@@ -150,8 +152,8 @@ def study(path: Path, execution: Execution, folder: Path, console: Console) -> l
     return failures
 
 
-def answers(folder: Path) -> tuple[str, dict[str, list[Mapping[str, Any]]]]:
-    """The question of a study's folder, and the results of each trial, one per seed."""
+def answers(folder: Path) -> tuple[Mapping[str, Any], dict[str, list[Mapping[str, Any]]]]:
+    """The question of a study's folder with its settings, and the results of each trial, one per seed."""
     kept = runs.read_json(folder / STUDY)
     rows = {
         name: [
@@ -161,13 +163,13 @@ def answers(folder: Path) -> tuple[str, dict[str, list[Mapping[str, Any]]]]:
         ]
         for name in kept["trials"]
     }
-    return kept["question"], rows
+    return kept, rows
 
 
 def _print(folder: Path, console: Console) -> None:
-    question, rows = answers(folder)
+    kept, rows = answers(folder)
     table = Table(
-        title=f"{question} Accuracy in % on the validation images, after the last epoch",
+        title=f"{kept['question']} Accuracy in % on the validation images, after the last epoch",
         title_justify="left",
         box=rich.box.SIMPLE_HEAD,
     )

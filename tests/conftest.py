@@ -24,7 +24,8 @@ CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 def pytest_configure(config: pytest.Config) -> None:
     if CACHE not in os.environ:
-        os.environ[CACHE] = str(config.cache.mkdir("jax")) if config.cache else tempfile.mkdtemp()
+        cache = getattr(config, "cache", None)  # Pytest may be told to keep none.
+        os.environ[CACHE] = str(cache.mkdir("jax")) if cache else tempfile.mkdtemp()
     # By default only what took a second is kept; here hundreds of small functions add up.
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])

@@ -1,6 +1,7 @@
 """The parts of the experiments: images, networks, evaluation, files, the picture and the report."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -212,34 +213,89 @@ def test_the_picture_is_drawn_for_float_and_binary_runs(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_report_says_mean_and_deviation_of_the_kept_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    folder = tmp_path / "results" / "one"
+def _keep(folder: Path, contents: dict[str, Any]) -> None:
+    """Write files of a run as they are kept."""
     folder.mkdir(parents=True)
+    for name, value in contents.items():
+        (folder / name).write_text(json.dumps(value))
+
+
+SETTINGS = {
+    "model": "vgg11", "dataset": "cifar10", "width": 1.0, "epochs": 3, "batch_size": 64, "exclude": ["last"]
+}  # fmt: skip
+
+
+def _marked(name: str) -> str:
+    begin = f"<!-- {name}: begin (written by `python -m experiments report`) -->"
+    return f"before\n{begin}\nold\n<!-- {name}: end -->\nafter"
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch) -> Path:
+    """A folder of a comparison and of a study."""
+    monkeypatch.setattr(report, "ROOT", tmp_path)
     common = {
+        "method": "stam",
+        "relaxed_accuracy": 0.9,
         "hard_accuracy_running_statistics": 0.7,
         "relaxed_accuracy_running_statistics": None,
         "binary_share": 0.5,
         "bytes_float": 1000,
         "bytes_packed": 100,
     }
-    rows = [
-        {"method": "stam", "hard_accuracy": hard, "relaxed_accuracy": 0.9, **common} for hard in (0.8, 0.9)
-    ]
-    contents = {
-        "result.json": rows,
-        "config.json": {
-            "model": "resnet8", "dataset": "digits", "epochs": 3, "batch_size": 64, "seeds": 2
-        },
-        "environment.json": {"machine": "2 CPU cores", "packages": {"jax": "0.10"}},
-    }  # fmt: skip
-    for name, value in contents.items():
-        (folder / name).write_text(json.dumps(value))
-    page = "before\n" + report._BEGIN + "\nold\n" + report._END + "\nafter"
-    text = report.updated(page, tmp_path / "results")
-    assert "| stam | 85.00 ± 7.07 | 90.00 ± 0.00 | 70.00 ± 0.00 | - | 50.0% | 1,000 | 100 |" in text
+    rows = [common | {"hard_accuracy": hard} for hard in (0.8, 0.9)]
+    environment = {"machine": "2 CPU cores", "packages": {"jax": "0.10"}}
+    contents = {"result.json": rows, "config.json": SETTINGS, "environment.json": environment}
+    _keep(tmp_path / "results" / "one", contents)
+    asked = {"question": "Which?", "trials": ["epochs=3", "epochs=4"], "settings": SETTINGS}
+    _keep(tmp_path / "results" / "two", {"study.json": asked})
+    for seed, row in enumerate(rows):
+        _keep(tmp_path / "results" / "two" / f"epochs=3-seed{seed}", {"result.json": [row]})
+    return tmp_path / "results"
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        (
+            "headline",
+            [
+                "| method | vgg11 on cifar10,<br>all kernels but last binary, 3 epochs |",
+                "| stam | 85.00 ± 7.07 (2) |",
+            ],
+        ),
+        (
+            "comparisons",
+            [
+                "### vgg11 on cifar10, all kernels but last binary",
+                "| stam (2) | 85.00 ± 7.07 | 90.00 ± 0.00 | 70.00 ± 0.00 | - | 50.0% | 1,000 | 100 |",
+            ],
+        ),
+        (
+            "studies",
+            ["### Which?", "| epochs=3 | 85.00 ± 7.07 | 90.00 ± 0.00 | 2 |", "| epochs=4 | - | - | 0 |"],
+        ),
+    ],
+)
+def test_the_report_says_mean_and_deviation_of_the_kept_runs(kept, name, lines):
+    text = report.updated(_marked(name), kept.parent / "page.md", kept)
+    for line in lines:
+        assert line in text.splitlines()
     assert "old" not in text
     assert text.startswith("before\n")
     assert text.endswith("\nafter")
+
+
+def test_the_report_sets_the_same_network_in_the_same_scope_beside_what_is_published(kept):
+    text = report.updated(_marked("published"), kept.parent / "page.md", kept)
+    (line,) = [line for line in text.splitlines() if line.startswith("| vgg11 | cifar10 ")]
+    assert line.startswith("| vgg11 | cifar10 | all kernels but last binary | 89.21 |")
+    assert line.endswith("| 85.00 ± 7.07 (2), 3 epochs |")
+    assert text.count("| not run |") == 6
+
+
+def test_a_page_without_marks_is_refused(kept):
+    with pytest.raises(SettingsError, match=r"page\.md holds the marks of no part; there are headline, "):
+        report.updated("a page without marks", kept.parent / "page.md", kept)
     with pytest.raises(SettingsError, match="holds no part"):
-        report.updated("a page without marks", tmp_path / "results")
+        report.updated(_marked("headline").replace(": end", ""), kept.parent / "page.md", kept)

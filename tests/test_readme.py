@@ -23,9 +23,10 @@ def test_the_other_examples_run(block, capsys, tmp_path, monkeypatch):
     exec("import optax\nfrom stam_jax import stam\n" + block, {})
 
 
-def test_the_results_are_those_of_the_kept_runs():
-    text = README.read_text()
-    assert report.updated(text) == text, "run: python -m experiments report"
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
+def test_the_results_are_those_of_the_kept_runs(page):
+    text = page.read_text()
+    assert report.updated(text, page) == text, "run: python -m experiments report"
 
 
 def test_every_public_name_is_documented():

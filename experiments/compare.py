@@ -25,6 +25,7 @@ def train(
     settings: TrainSettings, execution: Execution, output: Path | None, console: Console, *, resume: bool
 ) -> list[Row]:
     """Train once; print the table; return the one row."""
+    settings = settings.settled()
     grid.trainer(settings, execution)  # Finds what is wrong with the settings.
     folder = runs.begin(output, f"train-{settings.dataset}", settings, resume=resume)
     jobs = grid.with_warm_start(Job(settings, folder), folder / "float")

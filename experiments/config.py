@@ -75,6 +75,8 @@ class Recipe:
     """Images per step, over all devices together."""
     learning_rate: Annotated[float, _POSITIVE] = 0.1
     """Step size at the start."""
+    learning_rates: dict[str, Annotated[float, _POSITIVE]] = dataclasses.field(default_factory=dict)
+    """Step sizes of methods that begin with another, such as --learning-rates.parq 0.03."""
     decay_epochs: Annotated[tuple[Annotated[int, _COUNT], ...], _SEVERAL] = ()
     """Epochs after which the step size falls tenfold; with none, it falls to 0 along a cosine."""
     momentum: Annotated[float, Parameter(validator=Number(gte=0, lt=1))] = 0.9
@@ -126,11 +128,28 @@ class TrainSettings(Settings):
         """What it has in common with the runs that differ from it by their seed alone."""
         return dataclasses.replace(self, seed=0)
 
+    def settled(self) -> "TrainSettings":
+        """The same run with its method's own step size for the step size.
+
+        Raises:
+            SettingsError: if a step size is of a method that there is not.
+        """
+        unknown = [name for name in self.learning_rates if name not in METHODS]
+        if unknown:
+            raise SettingsError(
+                f"--learning-rates: there is no method {unknown[0]!r}; choose from {', '.join(METHODS)}."
+            )
+        own = self.learning_rates.get(self.method, self.learning_rate)
+        start = self.learning_rates.get("float", self.learning_rate)
+        # Of the others only that of the float run matters, where it is the one to begin at.
+        kept = {"float": start} if self.warm_start and self.method != "float" and start != own else {}
+        return dataclasses.replace(self, learning_rate=own, learning_rates=kept)
+
     def warm_start_run(self) -> "TrainSettings | None":
         """The float run whose weights this run begins at, if any."""
         if not self.warm_start or self.method == "float":
             return None
-        return dataclasses.replace(self, method="float")
+        return dataclasses.replace(self, method="float").settled()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,7 +186,7 @@ class CompareSettings(Settings, _Methods):
 
     def run(self, method: Method, seed: int) -> TrainSettings:
         """The settings of one of the runs."""
-        return TrainSettings(**_fields_of(Settings, self), method=method, seed=seed)
+        return TrainSettings(**_fields_of(Settings, self), method=method, seed=seed).settled()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
 METRICS, CURVES = "metrics.jsonl", "curves.png"
 CHECKPOINTS, TENSORBOARD, ERROR, LOCK = "checkpoints", "tensorboard", "error.txt", "run.lock"
 # What a comparison or a table may be given more of when it goes on.
-_MAY_GROW = ("methods", "seeds")
+_MAY_GROW = ("methods", "seeds", "learning_rates")
 RELAXED, PACKED = "relaxed.safetensors", "packed.safetensors"
 
 
@@ -85,9 +85,11 @@ def _begin(folder: Path, settings: Settings, *, resume: bool) -> None:
 
 
 def _grown(before: Any, now: Any) -> Any:
-    """All of what was asked for before and is now: the seeds, or the names of the methods."""
+    """All of what was asked for before and is now: the seeds, or the methods, or settings of these."""
     if isinstance(now, int):
         return max(before, now)
+    if isinstance(now, dict):
+        return before | now
     names = list(dict.fromkeys([*before, *now]))
     return ["all"] if "all" in names else names
 

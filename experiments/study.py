@@ -69,23 +69,23 @@ def read(path: Path) -> Study:
     wrong = [key for key in content if key not in _KEYS] or [key for key in _KEYS if key not in content]
     if wrong:
         raise SettingsError(f"{path}: a study has {', '.join(_KEYS)}; look at {wrong[0]!r}.")
-    trials: dict[TrainSettings, Trial] = {}
+    trials: list[Trial] = []
     for number, mapping in enumerate(content["trials"], 1):
         for values in _combinations(mapping):
             try:
-                settings = _settings({**content["settings"], **values})
+                settings = _settings({**content["settings"], **values}).settled()
             except CycloptsError as error:
                 raise SettingsError(f"{path}, trial {number}: {' '.join(str(error).split())}") from error
             name = " ".join(f"{key}={_text(value)}" for key, value in values.items()) or "as given"
-            if settings in trials:
+            if any(settings == trial.settings for trial in trials):
                 raise SettingsError(f"{path}, trial {number}: {name} is there already.")
-            trials[settings] = Trial(name, settings)
+            trials.append(Trial(name, settings))
     seeds = content["seeds"]
     if not isinstance(seeds, int) or seeds < 1:
         raise SettingsError(f"{path}: seeds is the number of runs of each trial, at least 1; got {seeds!r}.")
     if not trials:
         raise SettingsError(f"{path}: there are no trials.")
-    return Study(content["question"], next(iter(trials)), seeds, tuple(trials.values()))
+    return Study(content["question"], trials[0].settings, seeds, tuple(trials))
 
 
 def _combinations(mapping: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

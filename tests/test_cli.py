@@ -186,6 +186,8 @@ def test_evaluate_says_when_a_file_does_not_do_as_it_did(comparison, tmp_path, c
         (["train", "--decay-epochs", "40"], "--decay-epochs: 40 should rise and end before --epochs, 40"),
         (["train", "--width", "0"], '"0.0" for --width'),
         (["train", "--recipe", "magic"], "there is no 'magic'; choose from best, binary_relax, parq"),
+        (["train", "--learning-rates.part", "0.1"], "--learning-rates: there is no method 'part'; choose"),
+        (["compare", "--learning-rates.parq", "0"], '"0.0" for --learning-rates.parq'),
         (["train", "--resume"], "--output: name the folder"),
         (["train", "--coordinator", "localhost:1"], "give --processes and --process as well"),
         (["train", "--processes", "2"], "only with --coordinator HOST:PORT"),
@@ -196,7 +198,7 @@ def test_evaluate_says_when_a_file_does_not_do_as_it_did(comparison, tmp_path, c
         (["evaluate", "missing"], "missing is not the folder of a run"),
         (["evaluate"], "requires an argument"),
         (["report", "missing.md"], "There is no page missing.md"),
-        (["frobnicate"], "train, compare, table, evaluate, inspect, predict"),
+        (["frobnicate"], "train, compare, table, study, evaluate, inspect, predict"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

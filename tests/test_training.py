@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from experiments import data, devices, files, optimizers, runs
 from experiments.cli import RECIPES, main
-from experiments.config import Execution, SettingsError, StoppedError, TrainSettings
+from experiments.config import CompareSettings, Execution, SettingsError, StoppedError, TrainSettings
 from experiments.training import Progress, Trainer
 
 TINY = TrainSettings(width=0.125, epochs=3, batch_size=128)
@@ -143,6 +143,19 @@ def test_a_warm_start_begins_at_the_weights_of_a_run(trainer, whole):
     state = trainer.initial_state(jax.random.key(5), whole / runs.RELAXED)
     begun = {**files.to_arrays(state.params), **files.to_arrays(state.stats)}
     assert {name: array.tobytes() for name, array in begun.items()} == weights(whole)
+
+
+def test_a_method_with_a_step_size_of_its_own_begins_with_that():
+    common = {"learning_rate": 0.1, "learning_rates": {"parq": 0.3, "float": 0.05}}
+    settings = CompareSettings(**common)
+    assert settings.run("parq", 0) == TrainSettings(method="parq", learning_rate=0.3)
+    assert settings.run("stam", 0) == TrainSettings(method="stam", learning_rate=0.1)
+    warm = CompareSettings(**common, warm_start=True).run("parq", 1)
+    assert warm.learning_rate == 0.3
+    assert warm.settled() == warm
+    assert warm.warm_start_run() == CompareSettings(**common, warm_start=True).run("float", 1)
+    with pytest.raises(SettingsError, match="--learning-rates: there is no method 'part'"):
+        CompareSettings(learning_rates={"part": 0.1}).run("stam", 0)
 
 
 def test_train_runs_the_float_network_of_a_warm_start_first(tmp_path, monkeypatch):

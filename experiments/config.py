@@ -123,6 +123,20 @@ class TrainSettings(Settings):
     """How the binary weights are trained."""
     seed: Annotated[int, _SEED] = 0
     """Seed of the initial weights, the order of the images and their augmentation."""
+    relaxation: Literal["linear", "affine", "squared", "tanh"] = "linear"
+    """The weights in use between float and binary (stam)."""
+    inertia: Annotated[float, _SHARE] = 1.0
+    """Where the next step starts on the way from the weights in use, 0, to the float ones, 1 (stam)."""
+    pull: Annotated[float, _AT_LEAST_0] = 0.0
+    """Penalty on the way from the float weights to those in use: inertia less step size times this (stam)."""
+    project: Literal["first", "last"] = "last"
+    """Whether the float weights are projected before or after their step (stam)."""
+    box: Annotated[float | None, _POSITIVE] = None
+    """Largest size of a float weight (stam)."""
+    ridge: Annotated[float, _AT_LEAST_0] = 0.0
+    """Weight decay of the float weights themselves (stam)."""
+    penalty: tuple[Annotated[float, _POSITIVE], Annotated[float, _POSITIVE]] = (1e-3, 1e3)
+    """Penalty at the start and at the end of the relaxed phase, growing by a factor (stam_proximal)."""
 
     def without_seed(self) -> "TrainSettings":
         """What it has in common with the runs that differ from it by their seed alone."""

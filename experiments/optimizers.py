@@ -41,8 +41,10 @@ def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int,
         binary weights take plain gradients; then the method with a schedule of the step size.
 
     Raises:
-        SettingsError: if the step size is to fall after an epoch that the run does not have.
+        SettingsError: if the step size is to fall after an epoch that the run does not have, or a setting is
+            given that is another method's.
     """
+    _check_method_has_its_own(settings)
     learning_rate = _schedule(settings, steps=steps, epoch=epoch)
     scale = None if settings.scale == "none" else settings.scale
     common = {"quantizer": stam_jax.Binary(scale=scale), "mask": selection}
@@ -93,13 +95,70 @@ def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int,
             kinds = jax.tree.map(lambda chosen: "binary" if chosen else "float", selection.mask)
             return optax.partition({"binary": flips, "float": rest}, kinds)
         case "stam_proximal":
-            grown = stam_jax.schedules.geometric(1e-3, growth=1e6 ** (1 / hard_from))
+            first, last = settings.penalty
+            grown = stam_jax.schedules.geometric(first, growth=(last / first) ** (1 / hard_from))
             penalty = lambda count: jnp.where(count < hard_from, grown(count), jnp.inf)
             method = stam_jax.stam(learning_rate, penalty=penalty, **common)
         case "stam":
-            blend = stam_jax.LinearBlend(stam_jax.schedules.linear_to_hard(hard_from))
-            method = stam_jax.stam(learning_rate, relaxation=blend, **common)
+            method = _inertial(settings, learning_rate, hard_from=hard_from, **common)
     return optax.chain(decay, momentum, method)
+
+
+_OF_STAM = ("relaxation", "inertia", "pull", "project", "box", "ridge")
+_OWN = dict.fromkeys(_OF_STAM, "stam") | {"penalty": "stam_proximal"}
+
+
+def _check_method_has_its_own(settings: TrainSettings) -> None:
+    """See that no setting is given that is another method's.
+
+    Raises:
+        SettingsError: if one is.
+    """
+    plain = TrainSettings()
+    for name, method in _OWN.items():
+        if settings.method != method and getattr(settings, name) != getattr(plain, name):
+            raise SettingsError(f"--{name}: only with --method {method}; got --method {settings.method}.")
+
+
+def _inertial(
+    settings: TrainSettings, learning_rate: optax.Schedule, *, hard_from: int, **common: Any
+) -> optax.GradientTransformationExtraArgs:
+    """STAM with inertia.
+
+    Raises:
+        SettingsError: if the float weights are to be both in a box and decayed.
+    """
+    annealed = stam_jax.schedules.linear_to_hard(hard_from)
+    match settings.relaxation:
+        case "linear":
+            relaxation = stam_jax.LinearBlend(annealed)
+        case "affine":
+            relaxation = stam_jax.PiecewiseAffine(lambda count: 1 - annealed(count))
+        case "squared":
+            # From 1 to the strength at which BinaryRelax's paper ends phase I, 1.04^150.
+            grown = stam_jax.schedules.geometric(1.0, growth=1.04 ** (150 / hard_from))
+            relaxation = stam_jax.HardFrom(stam_jax.SquaredDistance(grown), hard_from)
+        case "tanh":
+            grown = stam_jax.schedules.geometric(1.0, growth=100 ** (1 / hard_from))
+            relaxation = stam_jax.HardFrom(stam_jax.ScaledTanh(grown), hard_from)
+    if settings.ridge and settings.box is not None:
+        raise SettingsError("--box and --ridge: one of them, not both.")
+    regularizer = None
+    if settings.ridge:
+        regularizer = stam_jax.Ridge(settings.ridge)
+    elif settings.box is not None:
+        regularizer = stam_jax.Box(settings.box)
+    inertia = settings.inertia
+    if settings.pull:
+        inertia = lambda count: jnp.maximum(settings.inertia - settings.pull * learning_rate(count), 0.0)
+    return stam_jax.stam(
+        learning_rate,
+        relaxation=relaxation,
+        regularizer=regularizer,
+        inertia=inertia,
+        project=settings.project,
+        **common,
+    )
 
 
 def _schedule(settings: TrainSettings, *, steps: int, epoch: int) -> optax.Schedule:

@@ -66,7 +66,8 @@ def _begin(folder: Path, settings: Settings, *, resume: bool) -> None:
     given = settings.as_dict()
     if (folder / CONFIG).is_file():
         try:
-            stored = dict(read_json(folder / CONFIG))
+            # What was begun before a setting was thought of has its default.
+            stored = type(settings)().as_dict() | dict(read_json(folder / CONFIG))
         except (ValueError, TypeError) as error:
             raise SettingsError(f"--resume: cannot read {folder / CONFIG}: {error}") from error
         differing = [name for name in given if stored.get(name) != given[name] and name not in _MAY_GROW]

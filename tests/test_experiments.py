@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -168,6 +168,85 @@ def test_each_method_ends_at_its_binary_network(digits, method):
     assert gap[-1] < 1e-3
     if method not in ("binary_connect", "straight_through", "straight_through_clipped", "bop"):
         assert gap[10] > 0.05
+
+
+def _steps(optimizer: optax.GradientTransformation, count: int) -> tuple[Any, Any]:
+    """The weights and their binary form after some steps along gradients that change."""
+    params = {"kernel": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4)}
+    state = optimizer.init(params)
+
+    def step(carry, k):
+        params, state = carry
+        gradients = jax.tree.map(lambda leaf: jnp.sin(leaf + k), params)
+        updates, state = optimizer.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, state), _ = jax.lax.scan(step, (params, state), jnp.arange(count, dtype=jnp.float32))
+    return params, stam_jax.hard_params(state, params)
+
+
+def _optimizer(**settings: Any) -> optax.GradientTransformation:
+    """The optimiser of a run of 20 steps, hard from step 15 on."""
+    chosen = TrainSettings(momentum=0.0, weight_decay=0.0, nesterov=False, **settings)
+    params = {"kernel": jnp.zeros((3, 4))}
+    return optimizers.build(chosen, optimizers.choose(params, chosen), steps=20, epoch=2)
+
+
+@pytest.mark.parametrize("relaxation", get_args(TrainSettings.__annotations__["relaxation"]))
+def test_each_relaxation_of_stam_is_soft_before_the_hard_phase_and_hard_in_it(relaxation):
+    optimizer = _optimizer(relaxation=relaxation)
+    params, hard = _steps(optimizer, 8)
+    assert jnp.max(jnp.abs(params["kernel"] - hard["kernel"])) > 1e-3
+    params, hard = _steps(optimizer, 16)
+    np.testing.assert_allclose(params["kernel"], hard["kernel"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments"),
+    [
+        ({"inertia": 0.9}, {"inertia": 0.9}),
+        ({"pull": 2.0}, {"inertia": lambda k: 1 - 2.0 * 0.1 * (1 + jnp.cos(jnp.pi * k / 20)) / 2}),
+        (
+            {"inertia": 0.1, "pull": 2.0},
+            {"inertia": lambda k: jnp.maximum(0.1 - 0.1 * (1 + jnp.cos(jnp.pi * k / 20)), 0)},
+        ),
+        ({"project": "first"}, {"project": "first"}),
+        ({"box": 0.5}, {"regularizer": stam_jax.Box(0.5)}),
+        ({"ridge": 0.5}, {"regularizer": stam_jax.Ridge(0.5)}),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_the_settings_of_stam_are_arguments_of_the_engine(settings, arguments):
+    blend = stam_jax.LinearBlend(lambda k: jnp.minimum(k / 15, 1))
+    expected = stam_jax.stam(optax.cosine_decay_schedule(0.1, 20), relaxation=blend, **arguments)
+    (params, hard), (wanted, wanted_hard) = _steps(_optimizer(**settings), 18), _steps(expected, 18)
+    np.testing.assert_allclose(params["kernel"], wanted["kernel"], rtol=2e-5)
+    np.testing.assert_allclose(hard["kernel"], wanted_hard["kernel"], rtol=2e-5)
+    plain, _ = _steps(_optimizer(), 18)
+    assert jnp.max(jnp.abs(plain["kernel"] - params["kernel"])) > 1e-5
+
+
+def test_the_penalty_of_the_proximal_method_grows_from_the_first_number_to_the_second():
+    optimizer = _optimizer(method="stam_proximal", penalty=(0.1, 10.0))
+    penalty = lambda k: jnp.where(k < 15, 0.1 * 100.0 ** (k / 15), jnp.inf)
+    expected = stam_jax.stam(optax.cosine_decay_schedule(0.1, 20), penalty=penalty)
+    for count in (8, 18):
+        (params, _), (wanted, _) = _steps(optimizer, count), _steps(expected, count)
+        np.testing.assert_allclose(params["kernel"], wanted["kernel"], rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"method": "parq", "pull": 0.1}, "--pull: only with --method stam; got --method parq"),
+        ({"method": "stam", "penalty": (1.0, 2.0)}, "--penalty: only with --method stam_proximal"),
+        ({"box": 1.0, "ridge": 0.1}, "--box and --ridge: one of them"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_settings_that_do_not_go_together_are_refused(settings, said):
+    with pytest.raises(SettingsError, match=said):
+        _optimizer(**settings)
 
 
 def test_settings_that_cannot_work_are_refused_before_training(digits):

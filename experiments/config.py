@@ -96,7 +96,7 @@ class Recipe:
     hard_from: Annotated[float, _SHARE] = 0.75
     """Share of the run after which the relaxed methods train the binary network itself."""
     calibration_images: Annotated[int, _COUNT] = 5000
-    """Training images (at most) on which batch-norm statistics are estimated anew for evaluation."""
+    """Training images (at most), augmented, to estimate batch-norm statistics on anew for evaluation."""
     measure_every: Annotated[int, _COUNT] = 1
     """Epochs between measurements on the validation images; the last epoch is always measured."""
 

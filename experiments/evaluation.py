@@ -56,14 +56,14 @@ def batch_statistics(
 ) -> Any:
     """Batch-norm statistics estimated anew for these weights.
 
-    The means and variances are averages over whole batches of training images, as they are: neither
-    augmented nor labelled.
+    The means and variances are averages over whole batches. The images should be augmented as in training: as
+    they are, the features have another spread than the network has learnt to read.
 
     Args:
         graph: the network's graph.
         params: its weights.
         stats: statistics of the right shapes; their values do not matter.
-        images: training images, at least one batch of them.
+        images: training images, augmented, at least one batch of them.
         batch_size: of each batch.
         layout: of the arrays on the devices.
 

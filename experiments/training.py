@@ -387,9 +387,14 @@ class Trainer:
 
     @functools.cached_property
     def _calibration_images(self) -> np.ndarray:
+        """Whole batches of training images, augmented as in training, in the same way for every run."""
         size = self.settings.batch_size
-        count = max(min(self.settings.calibration_images, self.dataset.train.size), size)
-        return self.dataset.train.at(np.arange(count)).images
+        count = max(min(self.settings.calibration_images, self.dataset.train.size) // size, 1)
+        images = self.dataset.train.at(np.arange(count * size)).images
+        keys = jax.random.split(jax.random.key(0), count)
+        augment = jax.jit(self.dataset.augment)
+        parts = zip(keys, np.split(images, count), strict=True)
+        return np.concatenate([np.asarray(augment(key, part)) for key, part in parts])
 
     def _networks(self, state: State) -> dict[str, tuple[Any, Any]]:
         """The weights of the relaxed (or float) network and of the binary one.

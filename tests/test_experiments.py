@@ -68,6 +68,20 @@ def test_augmentation_shifts_each_image_and_fills_up_with_zeros(digits):
     assert len(seen) == 9
 
 
+def test_batch_statistics_are_estimated_on_whole_batches_of_images_augmented_as_in_training(digits):
+    trainer = Trainer(TrainSettings(width=0.125, batch_size=100, calibration_images=350), digits)
+    images = trainer._calibration_images
+    assert images.shape == (300, 8, 8, 1)
+    padded = np.pad(digits.train.images[:300], ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifted = np.stack([padded[:, r : r + 8, c : c + 8] for r in range(3) for c in range(3)])
+    are_equal = (shifted == images).all(axis=(2, 3, 4))
+    assert are_equal.any(axis=0).all()
+    assert are_equal.mean(axis=1).max() < 0.3
+    np.testing.assert_array_equal(Trainer(trainer.settings, digits)._calibration_images, images)
+    few = Trainer(TrainSettings(width=0.125, batch_size=100, calibration_images=1), digits)
+    assert len(few._calibration_images) == 100
+
+
 def test_augmentation_mirrors_only_where_asked(digits):
     images = jnp.asarray(digits.train.images[:64])
     still = data.Dataset(**{**vars(digits), "shift": 0})

@@ -140,7 +140,7 @@ def print_results(rows: Sequence[Row], console: Console) -> None:
     console.print(table)
     console.print(
         "hard: the binary network, to evaluate and ship; relaxed: the network as trained (float for float).\n"
-        "Batch-norm statistics are estimated anew on augmented training images, or run along in training (running).",
+        "Batch-norm statistics are estimated anew on augmented training images, or run along (running).",
         highlight=False,
     )
 

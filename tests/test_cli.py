@@ -185,7 +185,7 @@ def test_evaluate_says_when_a_file_does_not_do_as_it_did(comparison, tmp_path, c
         ),
         (["train", "--decay-epochs", "40"], "--decay-epochs: 40 should rise and end before --epochs, 40"),
         (["train", "--width", "0"], '"0.0" for --width'),
-        (["train", "--recipe", "magic"], "there is no 'magic'; choose from best, binary_relax, parq"),
+        (["train", "--recipe", "magic"], "there is no 'magic'; choose from best, binary_relax, cpu, parq"),
         (["train", "--learning-rates.part", "0.1"], "--learning-rates: there is no method 'part'; choose"),
         (["compare", "--learning-rates.parq", "0"], '"0.0" for --learning-rates.parq'),
         (["train", "--resume"], "--output: name the folder"),

@@ -107,6 +107,9 @@ def _settings(values: dict[str, Any]) -> TrainSettings:
 
 
 def _text(value: Any) -> str:
+    """A value in the name of a trial, and of its folders."""
+    if isinstance(value, list):
+        return "-".join(map(_text, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

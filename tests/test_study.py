@@ -28,12 +28,17 @@ learning_rate = 0.1
 [[trials]]
 method = "stam"
 learning_rate = [0.01, 0.03]
+
+[[trials]]
+method = "stam_proximal"
+penalty = [[0.1, 10.0]]
 """
 TRIALS = [
     "method=float learning_rate=0.1",
     "method=stam learning_rate=0.1",
     "method=stam learning_rate=0.01",
     "method=stam learning_rate=0.03",
+    "method=stam_proximal penalty=0.1-10",
 ]
 
 
@@ -56,8 +61,9 @@ def test_a_trial_stands_for_all_combinations_of_its_values(place):
     asked = study.read(place / "asked.toml")
     assert [trial.name for trial in asked.trials] == TRIALS
     assert [(t.settings.method, t.settings.learning_rate) for t in asked.trials] == [
-        ("float", 0.1), ("stam", 0.1), ("stam", 0.01), ("stam", 0.03)
+        ("float", 0.1), ("stam", 0.1), ("stam", 0.01), ("stam", 0.03), ("stam_proximal", 0.1)
     ]  # fmt: skip
+    assert asked.trials[-1].settings.penalty == (0.1, 10.0)
     assert {(t.settings.width, t.settings.epochs, t.settings.seed) for t in asked.trials} == {(0.125, 1, 0)}
 
 
@@ -102,9 +108,9 @@ def test_a_run_that_another_process_trains_is_left_to_it(place, monkeypatch, cap
     with filelock.FileLock(under_way / runs.LOCK):
         assert main(command) == 0
     assert trained == [f"{name.replace(' ', ',')}-seed0" for name in TRIALS if name != TRIALS[1]]
-    assert "left to other processes: 1 of 4 runs" in capsys.readouterr().out
+    assert "left to other processes: 1 of 5 runs" in capsys.readouterr().out
     assert main(command) == 0  # The other process is gone: what it left undone is made up for.
-    assert trained[3:] == [under_way.name]
+    assert trained[4:] == [under_way.name]
 
 
 @pytest.mark.parametrize(

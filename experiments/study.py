@@ -69,22 +69,28 @@ def read(path: Path) -> Study:
     wrong = [key for key in content if key not in _KEYS] or [key for key in _KEYS if key not in content]
     if wrong:
         raise SettingsError(f"{path}: a study has {', '.join(_KEYS)}; look at {wrong[0]!r}.")
+    common, listed, seeds = content["settings"], content["trials"], content["seeds"]
+    if not isinstance(seeds, int) or seeds < 1:
+        raise SettingsError(f"{path}: seeds is the number of runs of each trial, at least 1; got {seeds!r}.")
+    if not isinstance(common, dict) or not isinstance(listed, list) or not listed:
+        raise SettingsError(
+            f"{path}: settings should be a table, and trials a list of at least one, [[trials]]."
+        )
     trials: list[Trial] = []
-    for number, mapping in enumerate(content["trials"], 1):
+    for number, mapping in enumerate(listed, 1):
+        if "seed" in common or "seed" in mapping:
+            raise SettingsError(
+                f"{path}, trial {number}: the seeds are counted by the study's seeds, not by seed."
+            )
         for values in _combinations(mapping):
             try:
-                settings = _settings({**content["settings"], **values}).settled()
+                settings = _settings({**common, **values}).settled()
             except CycloptsError as error:
                 raise SettingsError(f"{path}, trial {number}: {' '.join(str(error).split())}") from error
             name = " ".join(f"{key}={_text(value)}" for key, value in values.items()) or "as given"
             if any(settings == trial.settings for trial in trials):
                 raise SettingsError(f"{path}, trial {number}: {name} is there already.")
             trials.append(Trial(name, settings))
-    seeds = content["seeds"]
-    if not isinstance(seeds, int) or seeds < 1:
-        raise SettingsError(f"{path}: seeds is the number of runs of each trial, at least 1; got {seeds!r}.")
-    if not trials:
-        raise SettingsError(f"{path}: there are no trials.")
     return Study(content["question"], trials[0].settings, seeds, tuple(trials))
 
 

@@ -122,6 +122,9 @@ def test_a_run_that_another_process_trains_is_left_to_it(place, monkeypatch, cap
         (("width =", "breadth ="), "trial 1: .*breadth"),
         (("[0.01, 0.03]", "[0.01, 0.1]"), "trial 2: method=stam learning_rate=0.1 is there already"),
         (("[settings]", "[settings"), "cannot read the study"),
+        (("[[trials]]", "[[settings.trials]]"), "a study has .*; look at 'trials'"),
+        ((STUDY[STUDY.index("[[trials]]") :], "[trials]"), r"trials a list of at least one, \[\[trials\]\]"),
+        (("epochs = 1", "seed = 1"), "trial 1: the seeds are counted by the study's seeds, not by seed"),
     ],
 )
 def test_a_study_that_is_not_well_formed_is_refused_with_the_place(tmp_path, change, words):

@@ -176,6 +176,8 @@ def _claimed(folder: Path) -> Iterator[bool]:
         yield devices.agreed(ours)
     finally:
         lock.release()
+        if (folder / runs.RESULT).is_file():  # Nobody needs to ask again.
+            (folder / runs.LOCK).unlink(missing_ok=True)
 
 
 def _exists(path: Path) -> bool:

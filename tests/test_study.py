@@ -79,7 +79,8 @@ def test_a_study_keeps_what_the_validation_images_say_of_each_trial_and_seed(pla
             assert row == {"method": name.split()[0].removeprefix("method="), **last} | {
                 "seed": row["seed"], "seconds": row["seconds"]
             }  # fmt: skip
-            assert not (folder / runs.PACKED).exists()
+            kept_files = {runs.CONFIG, runs.ENVIRONMENT, runs.METRICS, runs.RESULT}
+            assert {path.name for path in folder.iterdir()} == kept_files
 
 
 def test_going_on_trains_nothing_twice_and_prints_the_table(place, monkeypatch, capsys):

@@ -94,6 +94,10 @@ def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int,
             rest = optax.chain(decay, momentum, optax.scale_by_learning_rate(learning_rate))
             kinds = jax.tree.map(lambda chosen: "binary" if chosen else "float", selection.mask)
             return optax.partition({"binary": flips, "float": rest}, kinds)
+        case "linear_blend":
+            # As the relaxation of BinaryRelax is in torchao.
+            blend = stam_jax.LinearBlend(stam_jax.schedules.linear_to_hard(hard_from))
+            method = stam_jax.stam(learning_rate, relaxation=blend, **common)
         case "stam_proximal":
             first, last = settings.penalty
             grown = stam_jax.schedules.geometric(first, growth=(last / first) ** (1 / hard_from))

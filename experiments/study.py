@@ -119,6 +119,11 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def folder_name(trial: str) -> str:
+    """What the folders of a trial's runs begin with."""
+    return trial.replace(" ", ",")
+
+
 def named(name: str) -> Path:
     """The file of a study: a path, or a name in `experiments/studies`.
 
@@ -145,7 +150,7 @@ def study(path: Path, execution: Execution, folder: Path, console: Console) -> l
     for trial in asked.trials:
         for seed in range(asked.seeds):
             settings = dataclasses.replace(trial.settings, seed=seed)
-            place = folder / f"{trial.name.replace(' ', ',')}-seed{seed}"
+            place = folder / f"{folder_name(trial.name)}-seed{seed}"
             jobs += grid.with_warm_start(Job(settings, place, judged_on="validation"), place / "float")
     for job in jobs:
         runs.begin(job.folder, "train", job.settings, resume=True)
@@ -167,7 +172,7 @@ def answers(folder: Path) -> tuple[Mapping[str, Any], dict[str, list[Mapping[str
     rows = {
         name: [
             row
-            for place in sorted(folder.glob(f"{glob.escape(name.replace(' ', ','))}-seed*/{runs.RESULT}"))
+            for place in sorted(folder.glob(f"{glob.escape(folder_name(name))}-seed*/{runs.RESULT}"))
             for row in runs.read_json(place)
         ]
         for name in kept["trials"]

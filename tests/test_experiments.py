@@ -219,7 +219,7 @@ def test_each_relaxation_of_stam_is_soft_before_the_hard_phase_and_hard_in_it(re
     ("settings", "arguments"),
     [
         ({"inertia": 0.9}, {"inertia": 0.9}),
-        ({"pull": 2.0}, {"inertia": lambda k: 1 - 2.0 * 0.1 * (1 + jnp.cos(jnp.pi * k / 20)) / 2}),
+        ({"pull": 2.0}, {"inertia": lambda k: 0.9995 - 2.0 * 0.1 * (1 + jnp.cos(jnp.pi * k / 20)) / 2}),
         (
             {"inertia": 0.1, "pull": 2.0},
             {"inertia": lambda k: jnp.maximum(0.1 - 0.1 * (1 + jnp.cos(jnp.pi * k / 20)), 0)},
@@ -232,12 +232,21 @@ def test_each_relaxation_of_stam_is_soft_before_the_hard_phase_and_hard_in_it(re
 )
 def test_the_settings_of_stam_are_arguments_of_the_engine(settings, arguments):
     blend = stam_jax.LinearBlend(lambda k: jnp.minimum(k / 15, 1))
+    arguments = {"inertia": 0.9995} | arguments
     expected = stam_jax.stam(optax.cosine_decay_schedule(0.1, 20), relaxation=blend, **arguments)
     (params, hard), (wanted, wanted_hard) = _steps(_optimizer(**settings), 18), _steps(expected, 18)
     np.testing.assert_allclose(params["kernel"], wanted["kernel"], rtol=2e-5)
     np.testing.assert_allclose(hard["kernel"], wanted_hard["kernel"], rtol=2e-5)
     plain, _ = _steps(_optimizer(), 18)
     assert jnp.max(jnp.abs(plain["kernel"] - params["kernel"])) > 1e-5
+
+
+def test_the_linear_blend_is_stam_with_inertia_1():
+    (params, hard), (wanted, wanted_hard) = (
+        _steps(_optimizer(**settings), 18) for settings in ({"method": "linear_blend"}, {"inertia": 1.0})
+    )
+    np.testing.assert_array_equal(params["kernel"], wanted["kernel"])
+    np.testing.assert_array_equal(hard["kernel"], wanted_hard["kernel"])
 
 
 def test_the_penalty_of_the_proximal_method_grows_from_the_first_number_to_the_second():

@@ -1,11 +1,12 @@
 """Studies: a question is put to the validation images, by all that the file lists, and by nothing twice."""
 
+import glob
 from pathlib import Path
 
 import filelock
 import pytest
 
-from experiments import runs, study
+from experiments import report, runs, study
 from experiments.cli import main
 from experiments.config import SettingsError
 from experiments.training import Trainer
@@ -74,7 +75,7 @@ def test_a_study_keeps_what_the_validation_images_say_of_each_trial_and_seed(pla
     for name, group in rows.items():
         assert [row["seed"] for row in group] == [0, 1]
         for row in group:
-            folder = place / "kept" / f"{name.replace(' ', ',')}-seed{row['seed']}"
+            folder = place / "kept" / f"{study.folder_name(name)}-seed{row['seed']}"
             (last,) = runs.read_metrics(folder / runs.METRICS)
             assert row == {"method": name.split()[0].removeprefix("method="), **last} | {
                 "seed": row["seed"], "seconds": row["seconds"]
@@ -101,14 +102,14 @@ def test_a_run_that_another_process_trains_is_left_to_it(place, monkeypatch, cap
         return {"method": self.settings.method, "hard_accuracy": 0.5, "relaxed_accuracy": 0.5, "seconds": 1.0}
 
     monkeypatch.setattr(Trainer, "rehearse", rehearse)
-    under_way = tmp_path / "kept" / f"{TRIALS[1].replace(' ', ',')}-seed0"
+    under_way = tmp_path / "kept" / f"{study.folder_name(TRIALS[1])}-seed0"
     command = ["study", str(tmp_path / "asked.toml"), "--output", str(tmp_path / "kept")]
     under_way.mkdir(parents=True)
     (asked,) = [t for t in study.read(tmp_path / "asked.toml").trials if t.name == TRIALS[1]]
     runs.write_json(under_way / runs.CONFIG, asked.settings.as_dict())
     with filelock.FileLock(under_way / runs.LOCK):
         assert main(command) == 0
-    assert trained == [f"{name.replace(' ', ',')}-seed0" for name in TRIALS if name != TRIALS[1]]
+    assert trained == [f"{study.folder_name(name)}-seed0" for name in TRIALS if name != TRIALS[1]]
     assert "left to other processes: 1 of 5 runs" in capsys.readouterr().out
     assert main(command) == 0  # The other process is gone: what it left undone is made up for.
     assert trained[4:] == [under_way.name]
@@ -143,3 +144,15 @@ def test_a_study_that_is_not_there_is_told_with_those_that_are(capsys):
 @pytest.mark.parametrize("path", sorted(study.STUDIES.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_study_of_the_project_can_be_read(path):
     assert study.read(path).question.endswith("?")
+
+
+@pytest.mark.parametrize(
+    "kept", sorted(report.RESULTS.glob(f"*/{study.STUDY}")), ids=lambda path: path.parent.name
+)
+def test_every_kept_study_is_one_that_can_be_asked_again(kept):
+    asked = study.read(study.named(kept.parent.name))
+    assert runs.read_json(kept)["trials"] == [trial.name for trial in asked.trials]
+    assert runs.read_json(kept)["question"] == asked.question
+    for trial in asked.trials:
+        for config in kept.parent.glob(f"{glob.escape(study.folder_name(trial.name))}-seed*/{runs.CONFIG}"):
+            assert runs.read_settings(config).without_seed() == trial.settings

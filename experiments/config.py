@@ -80,6 +80,8 @@ class Recipe:
     """Step sizes of methods that begin with another, such as --learning-rates.parq 0.03."""
     decay_epochs: Annotated[tuple[Annotated[int, _COUNT], ...], _SEVERAL] = ()
     """Epochs after which the step size falls tenfold; with none, it falls to 0 along a cosine."""
+    decay_from: Annotated[float | None, Parameter(validator=Number(gte=0, lt=1))] = None
+    """Share of the run from which on the step size falls to 0 in a straight line, in place of the cosine."""
     momentum: Annotated[float, Parameter(validator=Number(gte=0, lt=1))] = 0.9
     """Momentum of SGD."""
     nesterov: bool = True

@@ -166,7 +166,13 @@ def _inertial(
 
 
 def _schedule(settings: TrainSettings, *, steps: int, epoch: int) -> optax.Schedule:
-    """The step size: along a cosine to 0, or tenfold less after each of some epochs."""
+    """The step size: to 0 along a cosine, or in a straight line, or tenfold less after each of some epochs."""
+    if settings.decay_epochs and settings.decay_from is not None:
+        raise SettingsError("--decay-epochs and --decay-from: one of them, not both.")
+    if settings.decay_from is not None:
+        begin = round(settings.decay_from * steps)
+        falling = optax.linear_schedule(settings.learning_rate, 0.0, steps - begin)
+        return optax.join_schedules([optax.constant_schedule(settings.learning_rate), falling], [begin])
     if not settings.decay_epochs:
         return optax.cosine_decay_schedule(settings.learning_rate, steps)
     ends = settings.decay_epochs

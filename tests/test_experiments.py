@@ -241,6 +241,16 @@ def test_the_settings_of_stam_are_arguments_of_the_engine(settings, arguments):
     assert jnp.max(jnp.abs(plain["kernel"] - params["kernel"])) > 1e-5
 
 
+def test_the_step_size_falls_in_a_straight_line_from_a_share_of_the_run_on():
+    optimizer = _optimizer(method="float", decay_from=0.5)
+    params = {"kernel": jnp.zeros((3, 4))}
+    state, steps = optimizer.init(params), []
+    for _ in range(20):
+        updates, state = optimizer.update({"kernel": jnp.ones((3, 4))}, state, params)
+        steps.append(-float(updates["kernel"][0, 0]))
+    np.testing.assert_allclose(steps, [0.1] * 10 + [0.1 * (10 - k) / 10 for k in range(10)], rtol=1e-5)
+
+
 def test_the_linear_blend_is_stam_with_inertia_1():
     (params, hard), (wanted, wanted_hard) = (
         _steps(_optimizer(**settings), 18) for settings in ({"method": "linear_blend"}, {"inertia": 1.0})
@@ -264,6 +274,7 @@ def test_the_penalty_of_the_proximal_method_grows_from_the_first_number_to_the_s
         ({"method": "parq", "pull": 0.1}, "--pull: only with --method stam; got --method parq"),
         ({"method": "stam", "penalty": (1.0, 2.0)}, "--penalty: only with --method stam_proximal"),
         ({"box": 1.0, "ridge": 0.1}, "--box and --ridge: one of them"),
+        ({"decay_epochs": (1,), "decay_from": 0.5}, "--decay-epochs and --decay-from: one of them"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )

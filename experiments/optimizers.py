@@ -166,7 +166,7 @@ def _inertial(
 
 
 def _schedule(settings: TrainSettings, *, steps: int, epoch: int) -> optax.Schedule:
-    """The step size: to 0 along a cosine, or in a straight line, or tenfold less after each of some epochs."""
+    """The step size: to 0 along a cosine or in a straight line, or tenfold less after each of some epochs."""
     if settings.decay_epochs and settings.decay_from is not None:
         raise SettingsError("--decay-epochs and --decay-from: one of them, not both.")
     if settings.decay_from is not None:

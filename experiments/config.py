@@ -128,7 +128,7 @@ class TrainSettings(Settings):
     """Seed of the initial weights, the order of the images and their augmentation."""
     relaxation: Literal["linear", "affine", "squared", "tanh"] = "linear"
     """The weights in use between float and binary (stam)."""
-    inertia: Annotated[float, _SHARE] = 0.9995
+    inertia: Annotated[float, _SHARE] = 0.999
     """Where the next step starts on the way from the weights in use, 0, to the float ones, 1 (stam)."""
     pull: Annotated[float, _AT_LEAST_0] = 0.0
     """Penalty on the way from the float weights to those in use: inertia less step size times this (stam)."""

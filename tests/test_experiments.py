@@ -219,7 +219,7 @@ def test_each_relaxation_of_stam_is_soft_before_the_hard_phase_and_hard_in_it(re
     ("settings", "arguments"),
     [
         ({"inertia": 0.9}, {"inertia": 0.9}),
-        ({"pull": 2.0}, {"inertia": lambda k: 0.9995 - 2.0 * 0.1 * (1 + jnp.cos(jnp.pi * k / 20)) / 2}),
+        ({"pull": 2.0}, {"inertia": lambda k: 0.999 - 2.0 * 0.1 * (1 + jnp.cos(jnp.pi * k / 20)) / 2}),
         (
             {"inertia": 0.1, "pull": 2.0},
             {"inertia": lambda k: jnp.maximum(0.1 - 0.1 * (1 + jnp.cos(jnp.pi * k / 20)), 0)},
@@ -232,7 +232,7 @@ def test_each_relaxation_of_stam_is_soft_before_the_hard_phase_and_hard_in_it(re
 )
 def test_the_settings_of_stam_are_arguments_of_the_engine(settings, arguments):
     blend = stam_jax.LinearBlend(lambda k: jnp.minimum(k / 15, 1))
-    arguments = {"inertia": 0.9995} | arguments
+    arguments = {"inertia": 0.999} | arguments
     expected = stam_jax.stam(optax.cosine_decay_schedule(0.1, 20), relaxation=blend, **arguments)
     (params, hard), (wanted, wanted_hard) = _steps(_optimizer(**settings), 18), _steps(expected, 18)
     np.testing.assert_allclose(params["kernel"], wanted["kernel"], rtol=2e-5)

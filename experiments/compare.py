@@ -25,9 +25,9 @@ def train(
     settings: TrainSettings, execution: Execution, output: Path | None, console: Console, *, resume: bool
 ) -> list[Row]:
     """Train once; print the table; return the one row."""
-    settings = settings.settled()
-    grid.trainer(settings, execution)  # Finds what is wrong with the settings.
-    folder = runs.begin(output, f"train-{settings.dataset}", settings, resume=resume)
+    settled = settings.settled()
+    grid.trainer(settled, execution)  # Finds what is wrong with the settings.
+    folder = runs.begin(output, f"train-{settings.dataset}", settled, resume=resume)
     jobs = grid.with_warm_start(Job(settings, folder), folder / "float")
     for job in jobs[:-1]:
         runs.begin(job.folder, "train", job.settings, resume=resume)
@@ -50,7 +50,7 @@ def compare(
     Raises:
         SettingsError: if the settings do not go together.
     """
-    grid.trainer(settings.run(settings.chosen()[0], 0), execution)
+    grid.check(settings, execution)
     folder = runs.begin(output, f"compare-{settings.dataset}", settings, resume=resume)
     console.print(f"Folder:  {folder}", soft_wrap=True, highlight=False)
     failures = grid.run(

@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
-from cyclopts import Parameter, Token
+from cyclopts import App, CycloptsError, Parameter, Token
+from cyclopts import config as cyclopts_config
 from cyclopts.validators import Number
 
 Method = Literal[
@@ -76,8 +77,6 @@ class Recipe:
     """Images per step, over all devices together."""
     learning_rate: Annotated[float, _POSITIVE] = 0.1
     """Step size at the start."""
-    learning_rates: dict[str, Annotated[float, _POSITIVE]] = dataclasses.field(default_factory=dict)
-    """Step sizes of methods that begin with another, such as --learning-rates.parq 0.03."""
     decay_epochs: Annotated[tuple[Annotated[int, _COUNT], ...], _SEVERAL] = ()
     """Epochs after which the step size falls tenfold; with none, it falls to 0 along a cosine."""
     decay_from: Annotated[float | None, Parameter(validator=Number(gte=0, lt=1))] = None
@@ -102,6 +101,8 @@ class Recipe:
     """Training images (at most), augmented, to estimate batch-norm statistics on anew for evaluation."""
     measure_every: Annotated[int, _COUNT] = 1
     """Epochs between measurements on the validation images; the last epoch is always measured."""
+    own: dict[str, dict[str, list[str]]] = dataclasses.field(default_factory=dict)
+    """Settings of single methods in the place of those for all, such as --own.parq.learning-rate 0.03."""
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON takes them."""
@@ -146,27 +147,50 @@ class TrainSettings(Settings):
         return dataclasses.replace(self, seed=0)
 
     def settled(self) -> "TrainSettings":
-        """The same run with its method's own step size for the step size.
+        """The same run with its method's own settings in the place of those for all.
 
         Raises:
-            SettingsError: if a step size is of a method that there is not.
+            SettingsError: if a setting is of a method that there is not, or is none, or has no such value.
         """
-        unknown = [name for name in self.learning_rates if name not in METHODS]
-        if unknown:
-            raise SettingsError(
-                f"--learning-rates: there is no method {unknown[0]!r}; choose from {', '.join(METHODS)}."
-            )
-        own = self.learning_rates.get(self.method, self.learning_rate)
-        start = self.learning_rates.get("float", self.learning_rate)
-        # Of the others only that of the float run matters, where it is the one to begin at.
-        kept = {"float": start} if self.warm_start and self.method != "float" and start != own else {}
-        return dataclasses.replace(self, learning_rate=own, learning_rates=kept)
+        for name, settings in self.own.items():
+            if name not in METHODS:
+                raise SettingsError(f"--own: there is no method {name!r}; choose from {', '.join(METHODS)}.")
+            refused = {"method", "seed", "own", "warm-start", "warm_start"} & settings.keys()
+            if refused:
+                raise SettingsError(f"--own.{name}: {min(refused)} cannot be a method's own.")
+        own = {
+            name.replace("-", "_"): value[0] if len(value) == 1 else value
+            for name, value in self.own.get(self.method, {}).items()
+        }
+        common = {name: value for name, value in self.as_dict().items() if value is not None}
+        try:
+            return parsed(common | own | {"own": {}})
+        except CycloptsError as error:
+            raise SettingsError(f"--own.{self.method}: {' '.join(str(error).split())}") from error
 
     def warm_start_run(self) -> "TrainSettings | None":
-        """The float run whose weights this run begins at, if any."""
+        """The float run whose weights this run begins at, if any; to be asked before it is settled."""
         if not self.warm_start or self.method == "float":
             return None
         return dataclasses.replace(self, method="float").settled()
+
+
+_SINGLE = TrainSettings()
+
+
+def parsed(values: Mapping[str, Any]) -> TrainSettings:
+    """The settings of a run from their values, checked as those of the command line are.
+
+    Raises:
+        CycloptsError: if one is wrong.
+    """
+    app = App(config=cyclopts_config.Dict(dict(values), use_commands_as_keys=False))
+
+    @app.default
+    def take(settings: Annotated[TrainSettings, Parameter(name="*")] = _SINGLE) -> TrainSettings:
+        return settings
+
+    return cast(TrainSettings, app([], exit_on_error=False, print_error=False, result_action="return_value"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,8 +226,8 @@ class CompareSettings(Settings, _Methods):
     """One network on one image set, with several methods."""
 
     def run(self, method: Method, seed: int) -> TrainSettings:
-        """The settings of one of the runs."""
-        return TrainSettings(**_fields_of(Settings, self), method=method, seed=seed).settled()
+        """The settings of one of the runs, not yet settled."""
+        return TrainSettings(**_fields_of(Settings, self), method=method, seed=seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,14 @@ from rich.progress import (
 )
 
 from experiments import checkpoints, data, devices, runs, training
-from experiments.config import DatasetName, Execution, SettingsError, StoppedError, TrainSettings
+from experiments.config import (
+    CompareSettings,
+    DatasetName,
+    Execution,
+    SettingsError,
+    StoppedError,
+    TrainSettings,
+)
 from experiments.training import Trainer
 
 
@@ -86,14 +93,25 @@ def trainer(settings: TrainSettings, execution: Execution) -> Trainer:
     return Trainer(settings, images, execution)
 
 
+def check(settings: CompareSettings, execution: Execution) -> None:
+    """Find what is wrong with the settings of a comparison.
+
+    Raises:
+        SettingsError: if the settings do not go together.
+    """
+    first, *_ = [settings.run(method, 0).settled() for method in settings.chosen()]
+    trainer(first, execution)
+
+
 def with_warm_start(job: Job, folder: Path) -> Sequence[Job]:
-    """A job, behind that of the float run which it begins at, if it does.
+    """A job, its settings settled, behind that of the float run which it begins at, if it does.
 
     Args:
-        job: the run.
+        job: the run; its settings are not settled yet.
         folder: where the float run goes.
     """
     start = job.settings.warm_start_run()
+    job = job._replace(settings=job.settings.settled())
     return [job] if start is None else [Job(start, folder), job._replace(start=folder)]
 
 

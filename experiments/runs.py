@@ -20,7 +20,7 @@ CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
 METRICS, CURVES = "metrics.jsonl", "curves.png"
 CHECKPOINTS, TENSORBOARD, ERROR, LOCK = "checkpoints", "tensorboard", "error.txt", "run.lock"
 # What a comparison or a table may be given more of when it goes on.
-_MAY_GROW = ("methods", "seeds", "learning_rates")
+_MAY_GROW = ("methods", "seeds", "own")
 RELAXED, PACKED = "relaxed.safetensors", "packed.safetensors"
 
 

@@ -6,21 +6,19 @@ import itertools
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import rich.box
-from cyclopts import App, CycloptsError, Parameter
-from cyclopts.config import Dict
+from cyclopts import CycloptsError
 from rich.console import Console
 from rich.table import Table
 
-from experiments import compare, devices, grid, runs
+from experiments import compare, config, devices, grid, runs
 from experiments.config import Execution, SettingsError, TrainSettings
 from experiments.grid import Job
 
 STUDIES = Path(__file__).parent / "studies"
 STUDY = "study.json"
-_DEFAULTS = TrainSettings()
 _KEYS = ("question", "seeds", "settings", "trials")
 
 
@@ -84,7 +82,7 @@ def read(path: Path) -> Study:
             )
         for values in _combinations(mapping):
             try:
-                settings = _settings({**common, **values}).settled()
+                settings = config.parsed({**common, **values}).settled()
             except CycloptsError as error:
                 raise SettingsError(f"{path}, trial {number}: {' '.join(str(error).split())}") from error
             name = " ".join(f"{key}={_text(value)}" for key, value in values.items()) or "as given"
@@ -99,17 +97,6 @@ def _combinations(mapping: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     choices = [value if isinstance(value, list) else [value] for value in mapping.values()]
     for chosen in itertools.product(*choices):
         yield dict(zip(mapping, chosen, strict=True))
-
-
-def _settings(values: dict[str, Any]) -> TrainSettings:
-    """The settings of a run from their values, checked as those of the command line are."""
-    app = App(config=Dict(values, use_commands_as_keys=False), result_action="return_value")
-
-    @app.default
-    def take(settings: Annotated[TrainSettings, Parameter(name="*")] = _DEFAULTS) -> TrainSettings:
-        return settings
-
-    return cast(TrainSettings, app([], exit_on_error=False, print_error=False))
 
 
 def _text(value: Any) -> str:

@@ -30,7 +30,7 @@ def table(
     """
     comparisons = settings.comparisons()
     for comparison in comparisons:
-        grid.trainer(comparison.run(comparison.chosen()[0], 0), execution)
+        grid.check(comparison, execution)
     jobs = []
     for comparison in comparisons:
         place = folder / f"{comparison.dataset}-{comparison.model}"

@@ -13,7 +13,7 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import data, devices, files, optimizers, runs
+from experiments import data, devices, files, grid, optimizers, runs
 from experiments.cli import RECIPES, main
 from experiments.config import CompareSettings, Execution, SettingsError, StoppedError, TrainSettings
 from experiments.training import Progress, Trainer
@@ -145,17 +145,24 @@ def test_a_warm_start_begins_at_the_weights_of_a_run(trainer, whole):
     assert {name: array.tobytes() for name, array in begun.items()} == weights(whole)
 
 
-def test_a_method_with_a_step_size_of_its_own_begins_with_that():
-    common = {"learning_rate": 0.1, "learning_rates": {"parq": 0.3, "float": 0.05}}
-    settings = CompareSettings(**common)
-    assert settings.run("parq", 0) == TrainSettings(method="parq", learning_rate=0.3)
-    assert settings.run("stam", 0) == TrainSettings(method="stam", learning_rate=0.1)
-    warm = CompareSettings(**common, warm_start=True).run("parq", 1)
-    assert warm.learning_rate == 0.3
-    assert warm.settled() == warm
-    assert warm.warm_start_run() == CompareSettings(**common, warm_start=True).run("float", 1)
-    with pytest.raises(SettingsError, match="--learning-rates: there is no method 'part'"):
-        CompareSettings(learning_rates={"part": 0.1}).run("stam", 0)
+def test_a_method_has_its_own_settings_in_the_place_of_those_for_all():
+    own = {"parq": {"learning-rate": ["0.3"], "decay_from": ["0.5"]}, "stam": {"exclude": ["first", "last"]}}
+    settings = CompareSettings(learning_rate=0.05, own=own)
+    settled = settings.run("parq", 0).settled()
+    assert settled == TrainSettings(method="parq", learning_rate=0.3, decay_from=0.5)
+    assert settled.settled() == settled
+    expected = TrainSettings(method="stam", learning_rate=0.05, exclude=("first", "last"), seed=2)
+    assert settings.run("stam", 2).settled() == expected
+    assert settings.run("float", 0).settled() == TrainSettings(method="float", learning_rate=0.05)
+
+
+def test_the_float_run_of_a_warm_start_has_the_settings_of_float_and_not_those_of_the_method(tmp_path):
+    own = {"parq": {"learning_rate": ["0.3"], "decay_from": ["0.5"]}, "float": {"epochs": ["7"]}}
+    settings = CompareSettings(learning_rate=0.05, warm_start=True, own=own)
+    start, warm = grid.with_warm_start(grid.Job(settings.run("parq", 1), tmp_path), tmp_path / "float")
+    assert (warm.settings.learning_rate, warm.settings.epochs) == (0.3, settings.epochs)
+    assert start.settings == settings.run("float", 1).settled()
+    assert (start.settings.learning_rate, start.settings.decay_from, start.settings.epochs) == (0.05, None, 7)
 
 
 def test_train_runs_the_float_network_of_a_warm_start_first(tmp_path, monkeypatch):

@@ -223,7 +223,11 @@ def test_every_recipe_says_what_it_is_and_runs(path, tmp_path, monkeypatch):
     assert main(["train", "--recipe", path.stem, "--model", "vgg11"]) == 0
     (settings,) = given
     assert settings.model == "vgg11"
+    own = values.pop("own", {})
     assert {name: settings.as_dict()[name] for name in values} == values
+    for method, wanted in own.items():
+        settled = dataclasses.replace(settings, method=method).settled()
+        assert {name: settled.as_dict()[name] for name in wanted} == wanted
 
 
 def test_options_win_over_the_recipe(monkeypatch):

@@ -175,3 +175,11 @@ def percent(group: Sequence[Row], name: str) -> str:
         return "-"
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
+
+
+def headline(group: Sequence[Row]) -> str:
+    """The accuracy of the network that a method is for, and how many seeds it is the mean of."""
+    if not group:
+        return "-"
+    name = "relaxed_accuracy" if group[0]["hard_accuracy"] is None else "hard_accuracy"
+    return f"{percent(group, name)} ({len(group)})"

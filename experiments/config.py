@@ -132,7 +132,7 @@ class TrainSettings(Settings):
     inertia: Annotated[float, _SHARE] = 0.999
     """Where the next step starts on the way from the weights in use, 0, to the float ones, 1 (stam)."""
     pull: Annotated[float, _AT_LEAST_0] = 0.0
-    """Penalty on the way from the float weights to those in use: inertia less step size times this (stam)."""
+    """Penalty that draws the float weights to those in use: takes step size times this off inertia (stam)."""
     project: Literal["first", "last"] = "last"
     """Whether the float weights are projected before or after their step (stam)."""
     box: Annotated[float | None, _POSITIVE] = None

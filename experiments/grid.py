@@ -40,7 +40,7 @@ class Job(NamedTuple):
         settings: of the run.
         folder: where it goes.
         start: the folder of the float run whose weights it begins at, if any.
-        judged_on: the images that its result is of. Only a run judged on the test images leaves weights.
+        judged_on: the images that its result is of. Only a run judged on the test images is packed.
     """
 
     settings: TrainSettings
@@ -99,8 +99,11 @@ def check(settings: CompareSettings, execution: Execution) -> None:
     Raises:
         SettingsError: if the settings do not go together.
     """
-    first, *_ = [settings.run(method, 0).settled() for method in settings.chosen()]
-    trainer(first, execution)
+    methods = settings.chosen()
+    settled = {method: settings.run(method, 0).settled() for method in methods}
+    for method in methods:
+        if method == methods[0] or method in settings.own:  # The others have what the first has.
+            trainer(settled[method], execution)
 
 
 def with_warm_start(job: Job, folder: Path) -> Sequence[Job]:
@@ -112,7 +115,9 @@ def with_warm_start(job: Job, folder: Path) -> Sequence[Job]:
     """
     start = job.settings.warm_start_run()
     job = job._replace(settings=job.settings.settled())
-    return [job] if start is None else [Job(start, folder), job._replace(start=folder)]
+    return (
+        [job] if start is None else [job._replace(settings=start, folder=folder), job._replace(start=folder)]
+    )
 
 
 def run(
@@ -151,7 +156,9 @@ def run(
         total = progress.add_task("all", total=len(jobs), unit="runs", images=0, note="")
         progress.update(total, visible=len(jobs) > 1)
         elsewhere: set[Path] = set()
-        for done, job in enumerate(jobs):
+        missing = [job for job in jobs if not _exists(job.folder / runs.RESULT)]
+        progress.update(total, completed=len(jobs) - len(missing))
+        for done, job in enumerate(missing, len(jobs) - len(missing)):
             with _claimed(job.folder) as is_ours:
                 if not is_ours or job.start in elsewhere:
                     elsewhere.add(job.folder)

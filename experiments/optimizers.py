@@ -109,7 +109,7 @@ def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int,
 
 
 _OF_STAM = ("relaxation", "inertia", "pull", "project", "box", "ridge")
-_OWN = dict.fromkeys(_OF_STAM, "stam") | {"penalty": "stam_proximal"}
+_METHOD_OF = dict.fromkeys(_OF_STAM, "stam") | {"penalty": "stam_proximal"}
 
 
 def _check_method_has_its_own(settings: TrainSettings) -> None:
@@ -119,7 +119,7 @@ def _check_method_has_its_own(settings: TrainSettings) -> None:
         SettingsError: if one is.
     """
     plain = TrainSettings()
-    for name, method in _OWN.items():
+    for name, method in _METHOD_OF.items():
         if settings.method != method and getattr(settings, name) != getattr(plain, name):
             raise SettingsError(f"--{name}: only with --method {method}; got --method {settings.method}.")
 

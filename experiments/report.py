@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments import runs, study
-from experiments.compare import by_method, cells, percent
+from experiments.compare import by_method, cells, headline, percent
 from experiments.config import METHODS, SettingsError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 PUBLISHED = ROOT / "experiments" / "published.toml"
-
-Row = Mapping[str, Any]
 
 
 def updated(text: str, page: Path, results: Path = RESULTS) -> str:
@@ -85,19 +83,11 @@ def _headline(results: Path, page: Path) -> Iterator[list[str]]:
         f"| method | {' | '.join(title for title, _ in columns)} |",
         f"|---|{'--:|' * len(columns)}",
         *(
-            f"| {method} | {' | '.join(_accuracy(groups.get(method, ())) for _, groups in columns)} |"
+            f"| {method} | {' | '.join(headline(groups.get(method, ())) for _, groups in columns)} |"
             for method in METHODS
             if any(method in groups for _, groups in columns)
         ),
     ]
-
-
-def _accuracy(group: Sequence[Row]) -> str:
-    """The accuracy of the network that a method is for, and how many seeds it is the mean of."""
-    if not group:
-        return "-"
-    name = "relaxed_accuracy" if group[0]["hard_accuracy"] is None else "hard_accuracy"
-    return f"{percent(group, name)} ({len(group)})"
 
 
 def _tables(results: Path, page: Path) -> Iterator[list[str]]:
@@ -159,7 +149,7 @@ def _published(results: Path, page: Path) -> Iterator[list[str]]:
     for folder in _comparisons(results):
         settings = runs.read_json(folder / runs.CONFIG)
         stam = by_method(runs.read_json(folder / runs.RESULT)).get("stam", ())
-        ours.append((settings, _accuracy(stam)))
+        ours.append((settings, headline(stam)))
     lines = []
     for entry in tomllib.loads(PUBLISHED.read_text())["published"]:
         same = [

@@ -99,17 +99,9 @@ def _markdown(rows: Sequence[Mapping[str, Any]], failed: Mapping[str, str]) -> s
     ]
     for method in METHODS:
         if any(method in column for column in cells.values()):
-            entries = [_entry(column.get(method, ())) for column in cells.values()]
+            entries = [compare.headline(column.get(method, ())) for column in cells.values()]
             lines.append(f"| {method} | {' | '.join(entries)} |")
     if failed:
         lines += ["", "Without a result:", ""]
         lines += [f"* {name}: {said}" for name, said in failed.items()]
     return "\n".join(lines) + "\n"
-
-
-def _entry(group: Sequence[Mapping[str, Any]]) -> str:
-    """What the table says of a method on one image set and network."""
-    if not group:
-        return "-"
-    name = "relaxed_accuracy" if group[0]["hard_accuracy"] is None else "hard_accuracy"
-    return f"{compare.percent(group, name)} ({len(group)})"

@@ -208,32 +208,22 @@ class Trainer:
         with contextlib.closing(batches):
             yield lambda state, key, order: self.learn(state, key, self.layout.batch(next(batches)))
 
-    def run(
-        self,
-        seed: int,
-        folder: Path,
-        progress: Progress = _SILENT,
-        *,
-        start: Path | None = None,
-        stop_requested: Callable[[], bool] = lambda: False,
-    ) -> dict[str, Any]:
+    def run(self, seed: int, folder: Path, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Train from one seed, as `train`; write the weights; judge on the test images, once.
 
         Args:
             seed: as of `train`, like all the others.
             folder: where the files go.
-            progress: told of every step and every measurement.
-            start: a file of `files.save_float` with the weights to begin at; random ones by default.
-            stop_requested: asked after every step whether to stop there.
+            *arguments: as of `train`.
+            **options: as of `train`.
 
         Returns:
             The row of results.
 
         Raises:
-            DivergedError: if the loss of an epoch is not a finite number.
-            StoppedError: if it was asked to stop before the last step; the state is saved.
+            DivergedError, StoppedError: as `train`.
         """
-        trained = self.train(seed, folder, progress, start=start, stop_requested=stop_requested)
+        trained = self.train(seed, folder, *arguments, **options)
         began = time.perf_counter()
         row = self._judge(trained.state, seed, folder)
         return row | {"seed": seed, "seconds": trained.seconds + time.perf_counter() - began}
@@ -243,16 +233,22 @@ class Trainer:
 
         Args:
             seed: as of `train`, like all the others.
-            folder: where the metrics go.
+            folder: where the metrics and the float weights go.
             *arguments: as of `train`.
             **options: as of `train`.
 
         Returns:
-            The metrics after the last epoch, with the method and the seed.
+            The metrics after the last epoch, in the first process, with the method and the seed.
+
+        Raises:
+            DivergedError, StoppedError: as `train`.
         """
-        seconds = self.train(seed, folder, *arguments, **options).seconds
-        last = runs.read_metrics(folder / runs.METRICS)[-1]
-        return {"method": self.settings.method, **last, "seed": seed, "seconds": seconds}
+        trained = self.train(seed, folder, *arguments, **options)
+        row = {"method": self.settings.method}
+        if devices.is_first():
+            self._save_relaxed(trained.state, folder)
+            row |= runs.read_metrics(folder / runs.METRICS)[-1]
+        return row | {"seed": seed, "seconds": trained.seconds}
 
     def train(
         self,
@@ -421,6 +417,12 @@ class Trainer:
                 measured[f"{name}_{title}"] = accuracy
         return measured
 
+    @staticmethod
+    def _save_relaxed(state: State, folder: Path) -> int:
+        """Write the weights in use and the running statistics in float; return the bytes."""
+        relaxed = {**files.to_arrays(state.params), **files.to_arrays(state.stats)}
+        return files.save_float(folder / runs.RELAXED, relaxed)
+
     def _judge(self, state: State, seed: int, folder: Path) -> dict[str, Any]:
         """Measure on the test images; write the weights; see that the file holds the network measured."""
         leaves, measured = self._leaves(state), self._networks(state)
@@ -434,8 +436,7 @@ class Trainer:
         }
         if not devices.is_first():
             return row
-        relaxed = {**files.to_arrays(state.params), **files.to_arrays(state.stats)}
-        row["bytes_float"] = files.save_float(folder / runs.RELAXED, relaxed)
+        row["bytes_float"] = self._save_relaxed(state, folder)
         if leaves:
             path = folder / runs.PACKED
             params, stats = measured["hard"]

@@ -189,7 +189,7 @@ def test_evaluate_says_when_a_file_does_not_do_as_it_did(comparison, tmp_path, c
         (["train", "--own.part.learning-rate", "0.1"], "--own: there is no method 'part'; choose"),
         (["train", "--own.stam.learning-rate", "0"], "--own.stam: Invalid value"),
         (["compare", "--own.stam.part", "1"], "--own.stam: Unknown option"),
-        (["table", "--own.parq.pull", "1", "--methods", "parq"], "--pull: only with --method stam"),
+        (["table", "--own.parq.pull", "1", "--methods", "stam", "parq"], "--pull: only with --method stam"),
         (["compare", "--own.stam.seed", "1"], "--own.stam: seed cannot be a method's own"),
         (["train", "--resume"], "--output: name the folder"),
         (["train", "--coordinator", "localhost:1"], "give --processes and --process as well"),

@@ -80,7 +80,7 @@ def test_a_study_keeps_what_the_validation_images_say_of_each_trial_and_seed(pla
             assert row == {"method": name.split()[0].removeprefix("method="), **last} | {
                 "seed": row["seed"], "seconds": row["seconds"]
             }  # fmt: skip
-            kept_files = {runs.CONFIG, runs.ENVIRONMENT, runs.METRICS, runs.RESULT}
+            kept_files = {runs.CONFIG, runs.ENVIRONMENT, runs.METRICS, runs.RELAXED, runs.RESULT}
             assert {path.name for path in folder.iterdir()} == kept_files
 
 

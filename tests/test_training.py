@@ -159,7 +159,9 @@ def test_a_method_has_its_own_settings_in_the_place_of_those_for_all():
 def test_the_float_run_of_a_warm_start_has_the_settings_of_float_and_not_those_of_the_method(tmp_path):
     own = {"parq": {"learning_rate": ["0.3"], "decay_from": ["0.5"]}, "float": {"epochs": ["7"]}}
     settings = CompareSettings(learning_rate=0.05, warm_start=True, own=own)
-    start, warm = grid.with_warm_start(grid.Job(settings.run("parq", 1), tmp_path), tmp_path / "float")
+    job = grid.Job(settings.run("parq", 1), tmp_path, judged_on="validation")
+    start, warm = grid.with_warm_start(job, tmp_path / "float")
+    assert start.judged_on == warm.judged_on == "validation"
     assert (warm.settings.learning_rate, warm.settings.epochs) == (0.3, settings.epochs)
     assert start.settings == settings.run("float", 1).settled()
     assert (start.settings.learning_rate, start.settings.decay_from, start.settings.epochs) == (0.05, None, 7)

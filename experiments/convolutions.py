@@ -1,14 +1,21 @@
 """Convolution and pooling without the traps of XLA's CPU backend; the same numbers as the plain ones."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 # Up to this many outputs per side XLA's convolution is up to fifty times slower on CPU than patches.
 _FEW = 2
+# Up to this many channels, as images have, it wants some 32 channels to go out, or is several times slower.
+_OF_IMAGES = 4
+_FULL = 32
+
+_NHWC = ("NHWC", "HWIO", "NHWC")
 
 Convolution = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -28,7 +35,43 @@ def _patches_times_kernel(
     return jnp.matmul(jnp.concatenate(patches, axis=-1), matrix, precision=precision)
 
 
-def _by_patches(
+def _columns_side_by_side(images: jax.Array, kernel: jax.Array, columns: int, precision: Any) -> jax.Array:
+    """The convolution of images already padded, every so many columns of pixels taken for channels of one."""
+    size, inputs, outputs = kernel.shape[1:]
+    padded = jnp.pad(images, ((0, 0), (0, 0), (0, -images.shape[2] % columns), (0, 0)))
+    count, height, width, _ = padded.shape
+    # Each of the columns that go out sees the same kernel, one column further on.
+    wide = -(-(size + columns - 1) // columns) * columns
+    shifted = [
+        jnp.pad(kernel, ((0, 0), (shift, wide - size - shift), (0, 0), (0, 0))) for shift in range(columns)
+    ]
+    joint = jnp.stack(shifted, axis=3).reshape(-1, wide // columns, columns * inputs, columns * outputs)
+    convolved = lax.conv_general_dilated(
+        padded.reshape(count, height, width // columns, columns * inputs),
+        joint,
+        (1, 1),
+        "VALID",
+        dimension_numbers=_NHWC,
+        precision=precision,
+    )
+    return convolved.reshape(*convolved.shape[:2], -1, outputs)
+
+
+def _with_derivatives_of(plain: Convolution, convolve: Convolution) -> Convolution:
+    """The second, whose derivatives are worked out by the first."""
+    convolve = jax.custom_jvp(convolve)
+
+    @functools.partial(convolve.defjvp, symbolic_zeros=True)
+    def _(primals: Any, tangents: Any) -> Any:
+        (images, kernel), (along, turned) = primals, tangents
+        parts = [] if isinstance(along, SymbolicZero) else [plain(along, kernel)]
+        parts += [] if isinstance(turned, SymbolicZero) else [plain(images, turned)]
+        return convolve(images, kernel), sum(parts[1:], start=parts[0])
+
+    return convolve
+
+
+def _another_way(
     lhs: jax.Array,
     rhs: jax.Array,
     window_strides: Sequence[int],
@@ -45,7 +88,7 @@ def _by_patches(
         return None
     axes = lambda numbers: lax.conv_dimension_numbers(lhs.shape, rhs.shape, numbers)
     if (
-        axes(dimension_numbers) != axes(("NHWC", "HWIO", "NHWC"))
+        axes(dimension_numbers) != axes(_NHWC)
         or any(dilation != 1 for dilation in (*(lhs_dilation or ()), *(rhs_dilation or ())))
         or any(value != (1 if name.endswith("group_count") else None) for name, value in options.items())
     ):
@@ -57,19 +100,36 @@ def _by_patches(
         (side + before + after - size) // stride + 1
         for side, size, stride, (before, after) in zip(sides, window, window_strides, padding, strict=True)
     ]
-    if not all(1 <= extent <= _FEW for extent in shape):
+    if min(shape) < 1:
         return None
     edges = [(0, 0, 0), *((before, after, 0) for before, after in padding), (0, 0, 0)]
-
-    def convolve(images: jax.Array, kernel: jax.Array) -> jax.Array:
-        padded = lax.pad(images, jnp.zeros((), images.dtype), edges)
-        return _patches_times_kernel(padded, kernel, window_strides, shape, precision)
-
-    return convolve
+    pad = lambda images: lax.pad(images, jnp.zeros((), images.dtype), edges)
+    if max(shape) <= _FEW:
+        return lambda images, kernel: _patches_times_kernel(
+            pad(images), kernel, window_strides, shape, precision
+        )
+    inputs, outputs = rhs.shape[2:]
+    if inputs > _OF_IMAGES or any(stride != 1 for stride in window_strides):
+        return None
+    columns = max(count for count in range(1, max(_FULL // outputs, 1) + 1) if shape[1] % count == 0)
+    if columns == 1:
+        return None
+    plain = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=window_strides,
+        padding=padding,
+        dimension_numbers=_NHWC,
+        precision=precision,
+    )
+    side_by_side = lambda images, kernel: _columns_side_by_side(pad(images), kernel, columns, precision)
+    return _with_derivatives_of(plain, side_by_side)
 
 
 def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, *arguments: Any, **options: Any) -> jax.Array:
-    """`jax.lax.conv_general_dilated`, by another way on CPU where the output is 2 by 2 or smaller.
+    """`jax.lax.conv_general_dilated`, by another way on CPU where XLA's is slow.
+
+    That is so where the output is 2 by 2 or smaller, and where few channels come in, as of images, and few go
+    out.
 
     Args:
         lhs: images.
@@ -81,7 +141,7 @@ def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, *arguments: Any, **opti
     Returns:
         The convolved images.
     """
-    other = _by_patches(lhs, rhs, *arguments, **options) if jax.default_backend() == "cpu" else None
+    other = _another_way(lhs, rhs, *arguments, **options) if jax.default_backend() == "cpu" else None
     plain = lambda images, kernel: lax.conv_general_dilated(images, kernel, *arguments, **options)
     return (other or plain)(lhs, rhs)
 
@@ -100,7 +160,7 @@ def portable_conv_general_dilated(
     Returns:
         The convolved images.
     """
-    other = _by_patches(lhs, rhs, *arguments, **options)
+    other = _another_way(lhs, rhs, *arguments, **options)
     plain = lambda images, kernel: lax.conv_general_dilated(images, kernel, *arguments, **options)
     return plain(lhs, rhs) if other is None else lax.platform_dependent(lhs, rhs, cpu=other, default=plain)
 

@@ -251,9 +251,11 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def is_plain(*shapes: tuple[int, ...], **options: Any) -> bool:
     options = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": NHWC, **options}
     call = lambda x, kernel: convolutions.conv_general_dilated(x, kernel, **options)
-    return "conv_general_dilated[" in str(jax.make_jaxpr(call)(*map(jnp.ones, shapes)))
+    operations = jax.make_jaxpr(call)(*map(jnp.ones, shapes)).jaxpr.eqns
+    return [operation.primitive.name for operation in operations] == ["conv_general_dilated"]
 
 
+# Outputs of 2 by 2 or smaller; the channels of images.
 CONVOLUTIONS = [
     ((1, 1), 3, 1, [(1, 1), (1, 1)]),
     ((2, 2), 3, 1, [(1, 1), (1, 1)]),
@@ -265,13 +267,22 @@ CONVOLUTIONS = [
     ((4, 3), 1, 2, [(0, 0), (0, 0)]),
     ((2, 2), 3, 1, [(2, 0), (0, 1)]),
 ]
+CONVOLUTIONS = [
+    *[(5, *rest) for rest in CONVOLUTIONS],
+    (3, (6, 8), 3, 1, [(1, 1), (1, 1)]),
+    (3, (6, 8), 3, 1, "VALID"),
+    (1, (5, 9), 5, 1, "SAME"),
+    (4, (3, 4), 1, 1, "VALID"),
+    (2, (3, 5), 3, 1, [(2, 0), (0, 1)]),
+]
 
 
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize(("sides", "size", "stride", "padding"), CONVOLUTIONS)
-def test_convolutions_into_few_pixels_are_those_of_lax_and_of_numpy(sides, size, stride, padding):
+@pytest.mark.parametrize(("channels", "sides", "size", "stride", "padding"), CONVOLUTIONS)
+def test_convolutions_another_way_are_those_of_lax_and_of_numpy(channels, sides, size, stride, padding):
     options: Any = {"window_strides": (stride, stride), "padding": padding, "dimension_numbers": NHWC}
-    x, kernel = normal(3, *sides, 5), normal(size, size, 5, 7, seed=1)
+    x, kernel = normal(3, *sides, channels), normal(size, size, channels, 7, seed=1)
+    assert not is_plain(x.shape, kernel.shape, **options)
     pads = (
         lax.padtype_to_pads(sides, (size, size), (stride, stride), padding)
         if isinstance(padding, str)
@@ -295,14 +306,19 @@ def test_convolutions_into_few_pixels_are_those_of_lax_and_of_numpy(sides, size,
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_only_ordinary_convolutions_of_few_outputs_take_the_other_way():
+def test_only_ordinary_convolutions_of_few_outputs_or_of_images_take_another_way():
     small, kernel = (2, 2, 2, 4), (3, 3, 4, 6)
     assert not is_plain(small, kernel)
     assert not is_plain((2, 4, 4, 4), kernel, window_strides=(2, 2))
-    assert is_plain((2, 3, 3, 4), kernel)
+    assert is_plain((2, 3, 3, 5), (3, 3, 5, 6))
+    assert not is_plain((2, 3, 4, 4), kernel)
+    assert is_plain((2, 3, 7, 4), kernel)  # No two to five columns side by side make up seven.
+    assert is_plain((2, 3, 4, 4), (3, 3, 4, 17))  # More channels than half of what it takes go out.
+    assert is_plain((2, 7, 7, 4), kernel, window_strides=(2, 2))
     assert is_plain(small, (3, 3, 2, 6), feature_group_count=2)
     assert is_plain(small, kernel, lhs_dilation=(1, 2), padding=((1, 1), (1, 1)))
     assert is_plain(small, kernel, rhs_dilation=(2, 2))
+    assert is_plain((2, 3, 4, 4), kernel, rhs_dilation=(2, 2))
     assert is_plain(small, kernel, preferred_element_type=jnp.float32)
     assert is_plain((2, 4, 2, 2), (6, 4, 3, 3), dimension_numbers=("NCHW", "OIHW", "NCHW"))
     assert is_plain((2, 2, 4), (3, 4, 6), window_strides=(1,), dimension_numbers=("NHC", "HIO", "NHC"))
@@ -311,6 +327,31 @@ def test_only_ordinary_convolutions_of_few_outputs_take_the_other_way():
 def test_other_backends_take_the_plain_way(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert is_plain((2, 2, 2, 4), (3, 3, 4, 6))
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_convolutions_of_images_can_be_differentiated_forwards_and_twice():
+    x, kernel, u, v = (
+        normal(2, 3, 4, 3),
+        normal(3, 3, 3, 5, seed=1),
+        normal(2, 3, 4, 3, seed=2),
+        normal(3, 3, 3, 5, seed=3),
+    )
+    options: Any = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": NHWC}
+    ours, plain = (
+        functools.partial(convolve, **options)
+        for convolve in (convolutions.conv_general_dilated, lax.conv_general_dilated)
+    )
+    squared = lambda convolve: lambda x, kernel: jnp.sum(convolve(x, kernel) ** 2)
+    for derive in (
+        lambda f: jax.jvp(f, (x, kernel), (u, v))[1],
+        lambda f: jax.jvp(lambda kernel: f(x, kernel), (kernel,), (v,))[1],
+        lambda f: jax.jvp(jax.grad(squared(f), argnums=(0, 1)), (x, kernel), (u, v))[1],
+        lambda f: jax.grad(lambda x: jnp.vdot(jax.grad(squared(f))(x, kernel), u))(x),
+    ):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), derive(ours), derive(plain)
+        )
 
 
 @pytest.mark.parametrize("sides", [(2, 2), (5, 4), (7, 7)])

@@ -25,11 +25,11 @@ class Checkpoints:
         self.folder, self.keep_every = folder.absolute(), keep_every
         self._saved_at = time.monotonic()
 
-    def _manager(self, **options: Any) -> ocp.CheckpointManager:
+    def _manager(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=1, keep_period=self.keep_every, enable_async_checkpointing=False, **options
+                max_to_keep=1, keep_period=self.keep_every, enable_async_checkpointing=False
             ),
         )
 
@@ -55,7 +55,7 @@ class Checkpoints:
         """The last tree that was saved, laid out as another is; None if none was."""
         if not self.folder.is_dir():
             return None
-        with self._manager(read_only=True) as manager:
+        with self._manager() as manager:
             if manager.latest_step() is None:
                 return None
             return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(like))

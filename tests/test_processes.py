@@ -88,7 +88,8 @@ def test_a_killed_run_goes_on_and_ends_like_the_whole_one(tmp_path, kind, code):
     ((_, said),) = finish(cut, code=code)
     assert ("To go on, give the same command again" in said) == (kind == signal.SIGTERM)
     assert not (tmp_path / "cut" / "result.json").exists()
-    finish(start(tmp_path, *long, "--output", "cut"))
+    ((_, said),) = finish(start(tmp_path, *long, "--output", "cut"))
+    assert "WARNING" not in said
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     whole, resumed = (load_file(tmp_path / name / "packed.safetensors") for name in ("whole", "cut"))
     assert {k: v.tobytes() for k, v in whole.items()} == {k: v.tobytes() for k, v in resumed.items()}

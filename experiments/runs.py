@@ -96,7 +96,7 @@ def _grown(before: Any, now: Any) -> Any:
 
 
 def environment() -> dict[str, Any]:
-    """The arguments, the versions of Python and the packages, the devices, and the state of git."""
+    """The arguments, the packages and their versions, the devices, the flags of XLA, and what git says."""
     packages = ("stam-jax", "jax", "jaxlib", "optax", "flax", "numpy", "scikit-learn")
     return {
         "arguments": sys.argv[1:],
@@ -104,6 +104,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "platform": platform.platform(),
         "machine": _machine(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "git": {
             "commit": _git("rev-parse", "HEAD"),
             "changed": (_git("status", "--porcelain") or "").splitlines(),

@@ -87,6 +87,7 @@ def test_every_run_says_what_it_was_run_with(comparison):
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["arguments"][0] == "compare"
     assert {"jax", "optax", "flax", "stam-jax"} <= environment["packages"].keys()
+    assert environment["xla_flags"] == os.environ.get("XLA_FLAGS", "")
     assert {"commit", "changed"} == environment["git"].keys()
     config = json.loads((folder / "stam-seed1" / "config.json").read_text())
     assert (config["method"], config["seed"], config["epochs"]) == ("stam", 1, 2)

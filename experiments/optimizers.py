@@ -72,8 +72,10 @@ def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int,
                 **common,
             )
         case "prox_quant":
-            # Along the cosine the thresholds of all steps add up to some 0.3, what weights begin with.
-            growth = 1.5 / (settings.learning_rate * steps * hard_from)
+            relaxed = jnp.arange(hard_from)
+            growth = settings.threshold / max(
+                float(jnp.vdot(jax.vmap(learning_rate)(relaxed), relaxed)), 1e-9
+            )
             method = stam_jax.prox_quant(learning_rate, growth=growth, hard_from=hard_from, **common)
         case "parq":
             method = stam_jax.parq(learning_rate, hard_from=hard_from, **common)
@@ -109,7 +111,7 @@ def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int,
 
 
 _OF_STAM = ("relaxation", "inertia", "pull", "project", "box", "ridge")
-_METHOD_OF = dict.fromkeys(_OF_STAM, "stam") | {"penalty": "stam_proximal"}
+_METHOD_OF = dict.fromkeys(_OF_STAM, "stam") | {"penalty": "stam_proximal", "threshold": "prox_quant"}
 
 
 def _check_method_has_its_own(settings: TrainSettings) -> None:

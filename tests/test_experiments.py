@@ -268,9 +268,28 @@ def test_the_penalty_of_the_proximal_method_grows_from_the_first_number_to_the_s
         np.testing.assert_allclose(params["kernel"], wanted["kernel"], rtol=2e-5)
 
 
+@pytest.mark.parametrize("settings", [{}, {"decay_from": 0.5}], ids=["cosine", "held"])
+def test_the_thresholds_of_prox_quant_add_up_to_the_setting(settings):
+    steps = np.arange(15)
+    sizes = 0.1 * np.minimum(1, (20 - steps) / 10) if settings else 0.05 * (1 + np.cos(np.pi * steps / 20))
+    expected = stam_jax.prox_quant(
+        optax.linear_schedule(0.1, 0.0, 10, transition_begin=10)
+        if settings
+        else optax.cosine_decay_schedule(0.1, 20),
+        growth=0.2 / float(np.vdot(sizes, steps)),
+        hard_from=15,
+        quantizer=stam_jax.Binary(),
+    )
+    optimizer = _optimizer(method="prox_quant", threshold=0.2, **settings)
+    for count in (8, 18):
+        (params, _), (wanted, _) = _steps(optimizer, count), _steps(expected, count)
+        np.testing.assert_allclose(params["kernel"], wanted["kernel"], rtol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        ({"method": "stam", "threshold": 0.1}, "--threshold: only with --method prox_quant"),
         ({"method": "parq", "pull": 0.1}, "--pull: only with --method stam; got --method parq"),
         ({"method": "stam", "penalty": (1.0, 2.0)}, "--penalty: only with --method stam_proximal"),
         ({"box": 1.0, "ridge": 0.1}, "--box and --ridge: one of them"),

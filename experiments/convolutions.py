@@ -12,8 +12,10 @@ from jax.custom_derivatives import SymbolicZero
 # Up to this many outputs per side XLA's convolution is up to fifty times slower on CPU than patches.
 _FEW = 2
 # Up to this many channels, as images have, it wants some 32 channels to go out, or is several times slower.
+# More than four columns side by side multiply by more zeros than that gains.
 _OF_IMAGES = 4
 _FULL = 32
+_MOST_COLUMNS = 4
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -111,7 +113,8 @@ def _another_way(
     inputs, outputs = rhs.shape[2:]
     if inputs > _OF_IMAGES or any(stride != 1 for stride in window_strides):
         return None
-    columns = max(count for count in range(1, max(_FULL // outputs, 1) + 1) if shape[1] % count == 0)
+    most = min(_FULL // outputs, _MOST_COLUMNS)
+    columns = max((count for count in range(1, most + 1) if shape[1] % count == 0), default=1)
     if columns == 1:
         return None
     plain = functools.partial(

@@ -312,7 +312,7 @@ def test_only_ordinary_convolutions_of_few_outputs_or_of_images_take_another_way
     assert not is_plain((2, 4, 4, 4), kernel, window_strides=(2, 2))
     assert is_plain((2, 3, 3, 5), (3, 3, 5, 6))
     assert not is_plain((2, 3, 4, 4), kernel)
-    assert is_plain((2, 3, 7, 4), kernel)  # No two to five columns side by side make up seven.
+    assert is_plain((2, 3, 7, 4), kernel)  # No two to four columns side by side make up seven.
     assert is_plain((2, 3, 4, 4), (3, 3, 4, 17))  # More channels than half of what it takes go out.
     assert is_plain((2, 7, 7, 4), kernel, window_strides=(2, 2))
     assert is_plain(small, (3, 3, 2, 6), feature_group_count=2)

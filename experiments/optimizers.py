@@ -1,12 +1,15 @@
 """The methods under comparison, at their settings, as Optax optimisers."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import stam_jax
+from experiments import balance
 from experiments.config import SettingsError, TrainSettings
 
 
@@ -101,17 +104,18 @@ def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int,
             blend = stam_jax.LinearBlend(stam_jax.schedules.linear_to_hard(hard_from))
             method = stam_jax.stam(learning_rate, relaxation=blend, **common)
         case "stam_proximal":
-            first, last = settings.penalty
-            grown = stam_jax.schedules.geometric(first, growth=(last / first) ** (1 / hard_from))
-            penalty = lambda count: jnp.where(count < hard_from, grown(count), jnp.inf)
-            method = stam_jax.stam(learning_rate, penalty=penalty, **common)
+            method = _proximal(settings, learning_rate, selection, hard_from=hard_from, epoch=epoch, **common)
         case "stam":
             method = _inertial(settings, learning_rate, hard_from=hard_from, **common)
     return optax.chain(decay, momentum, method)
 
 
 _OF_STAM = ("relaxation", "inertia", "pull", "project", "box", "ridge")
-_METHOD_OF = dict.fromkeys(_OF_STAM, "stam") | {"penalty": "stam_proximal", "threshold": "prox_quant"}
+_METHOD_OF = dict.fromkeys(_OF_STAM, "stam") | {
+    "penalty": "stam_proximal",
+    "penalty_rule": "stam_proximal",
+    "threshold": "prox_quant",
+}
 
 
 def _check_method_has_its_own(settings: TrainSettings) -> None:
@@ -123,7 +127,45 @@ def _check_method_has_its_own(settings: TrainSettings) -> None:
     plain = TrainSettings()
     for name, method in _METHOD_OF.items():
         if settings.method != method and getattr(settings, name) != getattr(plain, name):
-            raise SettingsError(f"--{name}: only with --method {method}; got --method {settings.method}.")
+            option = name.replace("_", "-")
+            raise SettingsError(f"--{option}: only with --method {method}; got --method {settings.method}.")
+
+
+def _proximal(
+    settings: TrainSettings,
+    learning_rate: optax.Schedule,
+    selection: stam_jax.Selection,
+    *,
+    hard_from: int,
+    epoch: int,
+    **common: Any,
+) -> optax.GradientTransformation:
+    """STAM without inertia."""
+    first, last = settings.penalty
+    times = 3 if settings.penalty_rule == "restarted" else 1
+    period = -(-hard_from // times)
+    grown = stam_jax.schedules.geometric(first, growth=(last / first) ** (1 / period))
+
+    def method(factor: float) -> optax.GradientTransformationExtraArgs:
+        penalty = lambda count: jnp.where(count < hard_from, factor * grown(count % period), jnp.inf)
+        return stam_jax.stam(learning_rate, penalty=penalty, **common)
+
+    match settings.penalty_rule:
+        case "growing" | "restarted":
+            return method(1.0)
+        case "balanced":
+            # Some ten looks an epoch let it grow or shrink a thousandfold within one.
+            balanced = lambda penalty: stam_jax.stam(learning_rate, penalty=penalty, **common)
+            return balance.balanced(balanced, start=first, every=max(epoch // 10, 1), hard_from=hard_from)
+        case "layerwise":
+            # The scale is that of the initial weights, whose variance is a constant over the inputs.
+            inputs = [math.prod(row.shape[:-1]) if row.quantized else 0 for row in selection.rows]
+            mean = math.fsum(map(math.sqrt, inputs)) / np.count_nonzero(inputs)
+            methods: dict[Any, optax.GradientTransformation] = {
+                count: method(math.sqrt(count) / mean) for count in inputs
+            }
+            methods[0] = optax.scale_by_learning_rate(learning_rate)
+            return optax.partition(methods, jax.tree.unflatten(jax.tree.structure(selection.mask), inputs))
 
 
 def _inertial(

@@ -1,5 +1,6 @@
 """The parts of the experiments: images, networks, evaluation, files, the picture and the report."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +14,7 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import stam_jax
-from experiments import data, evaluation, files, models, optimizers, plots, report
+from experiments import balance, data, evaluation, files, models, optimizers, plots, report
 from experiments.config import METHODS, DivergedError, SettingsError, TrainSettings
 from experiments.devices import Layout
 from experiments.training import Progress, Trainer
@@ -268,6 +269,75 @@ def test_the_penalty_of_the_proximal_method_grows_from_the_first_number_to_the_s
         np.testing.assert_allclose(params["kernel"], wanted["kernel"], rtol=2e-5)
 
 
+def test_a_penalty_that_is_restarted_grows_three_times():
+    optimizer = _optimizer(method="stam_proximal", penalty=(0.1, 10.0), penalty_rule="restarted")
+    penalty = lambda k: jnp.where(k < 15, 0.1 * 100.0 ** (k % 5 / 5), jnp.inf)
+    expected = stam_jax.stam(optax.cosine_decay_schedule(0.1, 20), penalty=penalty)
+    for count in (4, 8, 13, 18):
+        (params, _), (wanted, _) = _steps(optimizer, count), _steps(expected, count)
+        np.testing.assert_allclose(params["kernel"], wanted["kernel"], rtol=2e-5)
+
+
+def test_a_layerwise_penalty_times_the_scale_of_initial_weights_is_the_same_for_all_layers():
+    # Initial weights are as large as 1 / sqrt(inputs): those of the second layer are half of the first's.
+    params = {name: {"kernel": jnp.ones(shape)} for name, shape in (("a", (3, 4)), ("b", (12, 4)))}
+    params["a"]["bias"] = jnp.zeros(4)
+    gradients = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
+    chosen = TrainSettings(
+        method="stam_proximal", penalty_rule="layerwise", penalty=(1.0, 1.0), momentum=0.0, weight_decay=0.0
+    )
+    found = {}
+    for rule in ("growing", "layerwise"):
+        settings = dataclasses.replace(chosen, penalty_rule=rule)
+        optimizer = optimizers.build(settings, optimizers.choose(params, settings), steps=20, epoch=2)
+        updates, state = optimizer.update(gradients, optimizer.init(params), params)
+        found[rule] = optax.apply_updates(params, updates)
+        assert stam_jax.quantized_leaves(state, found[rule]).keys() == {"a/kernel", "b/kernel"}
+    for name, penalty in (("a", 2 / 3), ("b", 4 / 3)):
+        # The scale is 1, and the penalty draws towards it what the gradient has moved away.
+        moved = 1 - 0.1 * np.asarray(gradients[name]["kernel"], np.float64)
+        expected = (moved + 0.1 * penalty) / (1 + 0.1 * penalty)
+        np.testing.assert_allclose(found["layerwise"][name]["kernel"], expected, rtol=1e-6)
+        assert np.max(np.abs(found["growing"][name]["kernel"] - expected)) > 1e-3
+    np.testing.assert_array_equal(found["layerwise"]["a"]["bias"], found["growing"]["a"]["bias"])
+
+
+def _balanced_by_hand(start: float, every: int, hard_from: int, count: int) -> tuple[np.ndarray, list[float]]:
+    """Float64: the weights after steps of size 0.1 along the gradients of `_steps`, and the penalties."""
+    x = np.linspace(-1.0, 1.0, 12).reshape(3, 4)
+    project = lambda v: np.where(v < 0, -1, 1) * np.abs(v).mean(0)
+    seen, penalty, penalties = project(x), start, []
+    for k in range(count):
+        y, w = project(x), x - 0.1 * np.sin(x + k)
+        x = (w + 0.1 * penalty * y) / (1 + 0.1 * penalty) if k < hard_from else y
+        if (k + 1) % every == 0:
+            now = project(x)
+            r, s = np.linalg.norm(x - now), penalty * np.linalg.norm(now - seen)
+            penalty *= 2 if r > 10 * s else 0.5 if s > 10 * r else 1
+            seen = now
+        penalties.append(penalty)
+    return x, penalties
+
+
+@pytest.mark.parametrize(("start", "grows"), [(1e-3, True), (300.0, False)])
+def test_a_balanced_penalty_doubles_or_halves_where_one_residual_is_far_from_the_other(start, grows):
+    method = lambda penalty: stam_jax.stam(0.1, penalty=penalty)
+    optimizer = balance.balanced(method, start=start, every=2, hard_from=15)
+    for count in (5, 12, 18):
+        expected, penalties = _balanced_by_hand(start, 2, 15, count)
+        params, _ = _steps(optimizer, count)
+        np.testing.assert_allclose(params["kernel"], expected, rtol=1e-4)
+    assert penalties[-1] > 2 * start if grows else penalties[-1] < start / 2
+
+
+def test_the_proximal_method_can_balance_its_penalty():
+    optimizer = _optimizer(method="stam_proximal", penalty=(0.1, 10.0), penalty_rule="balanced")
+    method = lambda penalty: stam_jax.stam(optax.cosine_decay_schedule(0.1, 20), penalty=penalty)
+    expected = balance.balanced(method, start=0.1, every=1, hard_from=15)
+    (params, _), (wanted, _) = _steps(optimizer, 18), _steps(expected, 18)
+    np.testing.assert_allclose(params["kernel"], wanted["kernel"], rtol=2e-5)
+
+
 @pytest.mark.parametrize("settings", [{}, {"decay_from": 0.5}], ids=["cosine", "held"])
 def test_the_thresholds_of_prox_quant_add_up_to_the_setting(settings):
     steps = np.arange(15)
@@ -292,6 +362,7 @@ def test_the_thresholds_of_prox_quant_add_up_to_the_setting(settings):
         ({"method": "stam", "threshold": 0.1}, "--threshold: only with --method prox_quant"),
         ({"method": "parq", "pull": 0.1}, "--pull: only with --method stam; got --method parq"),
         ({"method": "stam", "penalty": (1.0, 2.0)}, "--penalty: only with --method stam_proximal"),
+        ({"penalty_rule": "balanced"}, "--penalty-rule: only with --method stam_proximal"),
         ({"box": 1.0, "ridge": 0.1}, "--box and --ridge: one of them"),
         ({"decay_epochs": (1,), "decay_from": 0.5}, "--decay-epochs and --decay-from: one of them"),
     ],

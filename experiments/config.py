@@ -139,6 +139,8 @@ class TrainSettings(Settings):
     """Largest size of a float weight (stam)."""
     ridge: Annotated[float, _AT_LEAST_0] = 0.0
     """Weight decay of the float weights themselves (stam)."""
+    average_from: Annotated[float | None, Parameter(validator=Number(gte=0, lt=1))] = None
+    """Share of the run from which on float weights are averaged, for the last projection (stam)."""
     penalty: tuple[Annotated[float, _POSITIVE], Annotated[float, _POSITIVE]] = (1e-3, 1e3)
     """Penalty at the start and at the end of the relaxed phase, growing by a factor (stam_proximal)."""
     penalty_rule: Literal["growing", "restarted", "balanced", "layerwise"] = "growing"

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 import stam_jax
-from experiments import balance
+from experiments import averaging, balance
 from experiments.config import SettingsError, TrainSettings
 
 
@@ -107,10 +107,13 @@ def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int,
             method = _proximal(settings, learning_rate, selection, hard_from=hard_from, epoch=epoch, **common)
         case "stam":
             method = _inertial(settings, learning_rate, hard_from=hard_from, **common)
+            if settings.average_from is not None:
+                begin = max(round(settings.average_from * steps), 1)
+                method = averaging.averaged(method, begin=begin, end=steps)
     return optax.chain(decay, momentum, method)
 
 
-_OF_STAM = ("relaxation", "inertia", "pull", "project", "box", "ridge")
+_OF_STAM = ("relaxation", "inertia", "pull", "project", "box", "ridge", "average_from")
 _METHOD_OF = dict.fromkeys(_OF_STAM, "stam") | {
     "penalty": "stam_proximal",
     "penalty_rule": "stam_proximal",

@@ -185,8 +185,8 @@ def test_each_method_ends_at_its_binary_network(digits, method):
         assert gap[10] > 0.05
 
 
-def _steps(optimizer: optax.GradientTransformation, count: int) -> tuple[Any, Any]:
-    """The weights and their binary form after some steps along gradients that change."""
+def _run(optimizer: optax.GradientTransformation, count: int) -> tuple[Any, Any]:
+    """The weights and the optimiser's state after some steps along gradients that change."""
     params = {"kernel": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4)}
     state = optimizer.init(params)
 
@@ -196,7 +196,12 @@ def _steps(optimizer: optax.GradientTransformation, count: int) -> tuple[Any, An
         updates, state = optimizer.update(gradients, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    (params, state), _ = jax.lax.scan(step, (params, state), jnp.arange(count, dtype=jnp.float32))
+    return jax.lax.scan(step, (params, state), jnp.arange(count, dtype=jnp.float32))[0]
+
+
+def _steps(optimizer: optax.GradientTransformation, count: int) -> tuple[Any, Any]:
+    """The weights and their binary form after the same steps."""
+    params, state = _run(optimizer, count)
     return params, stam_jax.hard_params(state, params)
 
 
@@ -240,6 +245,24 @@ def test_the_settings_of_stam_are_arguments_of_the_engine(settings, arguments):
     np.testing.assert_allclose(hard["kernel"], wanted_hard["kernel"], rtol=2e-5)
     plain, _ = _steps(_optimizer(), 18)
     assert jnp.max(jnp.abs(plain["kernel"] - params["kernel"])) > 1e-5
+
+
+def test_averaged_weights_are_the_projection_of_the_mean_of_the_float_ones():
+    latents = []
+    for count in range(1, 21):
+        params, state = _run(_optimizer(inertia=1.0), count)
+        latents.append(np.asarray(stam_jax.quantized_leaves(state, params)["kernel"].latent, np.float64))
+    averaged = _optimizer(inertia=1.0, average_from=0.5)
+    params, state = _run(averaged, 19)
+    np.testing.assert_allclose(
+        stam_jax.quantized_leaves(state, params)["kernel"].latent, latents[18], rtol=1e-5
+    )
+    params, state = _run(averaged, 20)
+    mean = np.mean(latents[9:], axis=0)
+    expected = np.where(mean < 0, -1, 1) * np.abs(mean).mean(0)
+    np.testing.assert_allclose(params["kernel"], expected, rtol=1e-5)
+    np.testing.assert_allclose(stam_jax.hard_params(state, params)["kernel"], expected, rtol=1e-5)
+    assert np.max(np.abs(mean - latents[-1])) > 1e-3
 
 
 def test_the_step_size_falls_in_a_straight_line_from_a_share_of_the_run_on():

@@ -77,9 +77,9 @@ def _begin(folder: Path, settings: Settings, *, resume: bool) -> None:
                 f"--resume: {folder} was begun with other settings: {name} was {stored.get(name)}, "
                 f"and is {given[name]} now."
             )
+        given |= {name: _grown(stored[name], given[name]) for name in _MAY_GROW if name in stored}
     elif not empty:
         raise SettingsError(f"--resume: {folder} is not the folder of a run: it holds no {CONFIG}.")
-        given |= {name: _grown(stored[name], given[name]) for name in _MAY_GROW if name in stored}
     write_json(folder / CONFIG, given)
     if not (folder / RESULT).is_file():  # What is finished was made where it was made.
         write_json(folder / ENVIRONMENT, surroundings)

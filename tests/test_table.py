@@ -7,6 +7,7 @@ import pytest
 
 from experiments import runs, table
 from experiments.cli import main
+from experiments.config import CompareSettings
 from experiments.training import Trainer
 
 ARGUMENTS = "table --datasets digits --models resnet8 --methods float stam --seeds 2 --epochs 1 --width 0.125"
@@ -85,3 +86,15 @@ def test_the_table_is_written_from_the_folders_of_the_runs_alone(folder):
 def test_a_table_grows_but_does_not_change_its_settings(folder, capsys):
     assert make(folder, batch_size=64) == 2
     assert "batch_size was 128, and is 64 now" in capsys.readouterr().err
+
+
+def test_the_config_of_a_comparison_says_all_that_was_asked_for(tmp_path):
+    begin = lambda **asked: runs.begin(tmp_path, "compare", CompareSettings(**asked), resume=True)
+    begin(methods=("float", "stam"), seeds=2, own={"stam": {"inertia": ["0.9"]}})
+    begin(methods=("parq", "stam"), seeds=1, own={"parq": {"momentum": ["0.5"]}})
+    kept = runs.read_json(tmp_path / runs.CONFIG)
+    assert kept["methods"] == ["float", "stam", "parq"]
+    assert kept["seeds"] == 2
+    assert kept["own"] == {"stam": {"inertia": ["0.9"]}, "parq": {"momentum": ["0.5"]}}
+    begin(methods=("all",))
+    assert runs.read_json(tmp_path / runs.CONFIG)["methods"] == ["all"]

@@ -12,6 +12,8 @@ import stam_jax
 # Boyd et al.'s numbers.
 _FAR = 10.0
 _FACTOR = 2.0
+# Where nothing moves any more it would be doubled without end.
+_RANGE = 1e-9, 1e9
 
 
 class BalanceState(NamedTuple):
@@ -19,7 +21,7 @@ class BalanceState(NamedTuple):
 
     Args:
         count: steps done.
-        penalty: rho.
+        penalty: rho, as long as it is finite.
         hard: the quantised weights y at the last look, by name.
         method: state of the method.
     """
@@ -35,8 +37,9 @@ def balanced(
 ) -> optax.GradientTransformation:
     r"""A method whose penalty is doubled or halved where one of two residuals is far from the other.
 
-    Every so many steps it looks at $r = |x - y|$ and $s = \rho\,|y - y'|$, y' being y at the last look. Where
-    r is above 10 s it doubles rho, and where s is above 10 r it halves it.
+    Every so many steps it looks at $r = |x - y|$ and $s = \rho\,|y - y'|$, y' being y at the last look, where
+    Boyd et al. have that of the last step. Where r is above 10 s it doubles rho, and where s is above 10 r it
+    halves it.
 
     Args:
         method: makes the method of a `penalty`.
@@ -75,9 +78,10 @@ def balanced(
             r = optax.tree.norm({name: leaf.latent - leaf.hard for name, leaf in leaves.items()})
             s = state.penalty * optax.tree.norm(optax.tree.sub(hard, state.hard))
             factor = jnp.where(r > _FAR * s, _FACTOR, jnp.where(s > _FAR * r, 1 / _FACTOR, 1.0))
-            return state.penalty * factor, hard
+            return jnp.clip(state.penalty * factor, *_RANGE), hard
 
-        penalty, hard = jax.lax.cond(count % every == 0, look, lambda: (state.penalty, state.hard))
+        is_due = (count % every == 0) & (count < hard_from)
+        penalty, hard = jax.lax.cond(is_due, look, lambda: (state.penalty, state.hard))
         return updates, BalanceState(count, penalty, hard, inner)
 
     return optax.GradientTransformation(init, update)

@@ -144,7 +144,7 @@ class TrainSettings(Settings):
     penalty: tuple[Annotated[float, _POSITIVE], Annotated[float, _POSITIVE]] = (1e-3, 1e3)
     """Penalty at the start and at the end of the relaxed phase, growing by a factor (stam_proximal)."""
     penalty_rule: Literal["growing", "restarted", "balanced", "layerwise"] = "growing"
-    """Growing once or three times anew, as residuals ask, or by layer as 1 over its scale (stam_proximal)."""
+    """Growing once; three times anew; from the first number as residuals ask; by layer (stam_proximal)."""
     threshold: Annotated[float, _POSITIVE] = 0.3
     """How far a weight is drawn to its binary value in the relaxed phase, over all steps (prox_quant)."""
 

@@ -109,6 +109,11 @@ def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int,
             method = _inertial(settings, learning_rate, hard_from=hard_from, **common)
             if settings.average_from is not None:
                 begin = max(round(settings.average_from * steps), 1)
+                if settings.inertia == 0 or begin == steps:
+                    raise SettingsError(
+                        "--average-from: needs float weights, and so an --inertia above 0, and two steps at "
+                        f"least; got inertia {settings.inertia}, and {begin} of {steps} steps to begin after."
+                    )
                 method = averaging.averaged(method, begin=begin, end=steps)
     return optax.chain(decay, momentum, method)
 
@@ -161,7 +166,7 @@ def _proximal(
             balanced = lambda penalty: stam_jax.stam(learning_rate, penalty=penalty, **common)
             return balance.balanced(balanced, start=first, every=max(epoch // 10, 1), hard_from=hard_from)
         case "layerwise":
-            # The scale is that of the initial weights, whose variance is a constant over the inputs.
+            # By the root of the inputs: 1 over that is the scale of initial weights, but for a factor.
             inputs = [math.prod(row.shape[:-1]) if row.quantized else 0 for row in selection.rows]
             mean = math.fsum(map(math.sqrt, inputs)) / np.count_nonzero(inputs)
             methods: dict[Any, optax.GradientTransformation] = {

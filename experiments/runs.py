@@ -7,14 +7,14 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from experiments import devices
-from experiments.config import Settings, SettingsError, TrainSettings
+from experiments.config import METHODS, Settings, SettingsError, TrainSettings
 
 CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
 METRICS, CURVES = "metrics.jsonl", "curves.png"
@@ -77,7 +77,8 @@ def _begin(folder: Path, settings: Settings, *, resume: bool) -> None:
                 f"--resume: {folder} was begun with other settings: {name} was {stored.get(name)}, "
                 f"and is {given[name]} now."
             )
-        given |= {name: _grown(stored[name], given[name]) for name in _MAY_GROW if name in stored}
+        if "methods" in stored:
+            given |= _grown(folder, stored, given)
     elif not empty:
         raise SettingsError(f"--resume: {folder} is not the folder of a run: it holds no {CONFIG}.")
     write_json(folder / CONFIG, given)
@@ -85,14 +86,26 @@ def _begin(folder: Path, settings: Settings, *, resume: bool) -> None:
         write_json(folder / ENVIRONMENT, surroundings)
 
 
-def _grown(before: Any, now: Any) -> Any:
-    """All of what was asked for before and is now: the seeds, or the methods, or settings of these."""
-    if isinstance(now, int):
-        return max(before, now)
-    if isinstance(now, dict):
-        return before | now
-    names = list(dict.fromkeys([*before, *now]))
-    return ["all"] if "all" in names else names
+def _grown(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All of what was asked of a comparison before and is now: the seeds, the methods, and settings of these.
+
+    Raises:
+        SettingsError: if a method that was asked for before is to have other settings of its own.
+    """
+    before, now = (METHODS if each["methods"] == ["all"] else each["methods"] for each in (stored, given))
+    for method in before:
+        own = [each["own"].get(method, {}) for each in (stored, given)]
+        if method in now and own[0] != own[1]:
+            raise SettingsError(
+                f"--resume: {folder} was begun with other settings: own.{method} was {own[0]}, "
+                f"and is {own[1]} now."
+            )
+    methods = list(dict.fromkeys([*stored["methods"], *given["methods"]]))
+    return {
+        "methods": ["all"] if "all" in methods else methods,
+        "seeds": max(stored["seeds"], given["seeds"]),
+        "own": stored["own"] | {key: value for key, value in given["own"].items() if key not in before},
+    }
 
 
 def environment() -> dict[str, Any]:

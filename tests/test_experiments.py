@@ -205,11 +205,11 @@ def _steps(optimizer: optax.GradientTransformation, count: int) -> tuple[Any, An
     return params, stam_jax.hard_params(state, params)
 
 
-def _optimizer(**settings: Any) -> optax.GradientTransformation:
-    """The optimiser of a run of 20 steps, hard from step 15 on."""
+def _optimizer(*, steps: int = 20, epoch: int = 2, **settings: Any) -> optax.GradientTransformation:
+    """The optimiser of a run, of 20 steps and hard from step 15 on."""
     chosen = TrainSettings(momentum=0.0, weight_decay=0.0, nesterov=False, **settings)
     params = {"kernel": jnp.zeros((3, 4))}
-    return optimizers.build(chosen, optimizers.choose(params, chosen), steps=20, epoch=2)
+    return optimizers.build(chosen, optimizers.choose(params, chosen), steps=steps, epoch=epoch)
 
 
 @pytest.mark.parametrize("relaxation", get_args(TrainSettings.__annotations__["relaxation"]))
@@ -265,6 +265,25 @@ def test_averaged_weights_are_the_projection_of_the_mean_of_the_float_ones():
     assert np.max(np.abs(mean - latents[-1])) > 1e-3
 
 
+def test_the_mean_of_float_weights_leaves_the_other_leaves_alone():
+    params = {"a": {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}, "b": {"kernel": jnp.ones((4, 2))}}
+    gradients = jax.tree.map(lambda leaf: jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), params)
+    found = []
+    for average_from in (0.5, None):
+        settings = TrainSettings(exclude=("last",), average_from=average_from)
+        optimizer = optimizers.build(settings, optimizers.choose(params, settings), steps=8, epoch=2)
+        moved, state = params, optimizer.init(params)
+        for _ in range(8):
+            updates, state = optimizer.update(gradients, state, moved)
+            moved = optax.apply_updates(moved, updates)
+        assert stam_jax.quantized_leaves(state, moved).keys() == {"a/kernel"}
+        found.append(moved)
+    averaged, plain = found
+    np.testing.assert_allclose(averaged["a"]["bias"], plain["a"]["bias"], rtol=1e-6)
+    np.testing.assert_allclose(averaged["b"]["kernel"], plain["b"]["kernel"], rtol=1e-6)
+    assert np.max(np.abs(averaged["a"]["kernel"] - plain["a"]["kernel"])) > 1e-3
+
+
 def test_the_step_size_falls_in_a_straight_line_from_a_share_of_the_run_on():
     optimizer = _optimizer(method="float", decay_from=0.5)
     params = {"kernel": jnp.zeros((3, 4))}
@@ -277,7 +296,7 @@ def test_the_step_size_falls_in_a_straight_line_from_a_share_of_the_run_on():
 
 def test_the_linear_blend_is_stam_with_inertia_1():
     (params, hard), (wanted, wanted_hard) = (
-        _steps(_optimizer(**settings), 18) for settings in ({"method": "linear_blend"}, {"inertia": 1.0})
+        _steps(optimizer, 18) for optimizer in (_optimizer(method="linear_blend"), _optimizer(inertia=1.0))
     )
     np.testing.assert_array_equal(params["kernel"], wanted["kernel"])
     np.testing.assert_array_equal(hard["kernel"], wanted_hard["kernel"])
@@ -292,17 +311,19 @@ def test_the_penalty_of_the_proximal_method_grows_from_the_first_number_to_the_s
         np.testing.assert_allclose(params["kernel"], wanted["kernel"], rtol=2e-5)
 
 
-def test_a_penalty_that_is_restarted_grows_three_times():
-    optimizer = _optimizer(method="stam_proximal", penalty=(0.1, 10.0), penalty_rule="restarted")
-    penalty = lambda k: jnp.where(k < 15, 0.1 * 100.0 ** (k % 5 / 5), jnp.inf)
-    expected = stam_jax.stam(optax.cosine_decay_schedule(0.1, 20), penalty=penalty)
-    for count in (4, 8, 13, 18):
+@pytest.mark.parametrize(
+    ("steps", "hard_from", "period"), [(20, 15, 5), (17, 13, 5), (19, 14, 5), (24, 18, 6)]
+)
+def test_a_penalty_that_is_restarted_grows_three_times(steps, hard_from, period):
+    optimizer = _optimizer(steps=steps, method="stam_proximal", penalty=(0.1, 10.0), penalty_rule="restarted")
+    penalty = lambda k: jnp.where(k < hard_from, 0.1 * 100.0 ** (k % period / period), jnp.inf)
+    expected = stam_jax.stam(optax.cosine_decay_schedule(0.1, steps), penalty=penalty)
+    for count in (4, 8, 12, 16):
         (params, _), (wanted, _) = _steps(optimizer, count), _steps(expected, count)
         np.testing.assert_allclose(params["kernel"], wanted["kernel"], rtol=2e-5)
 
 
-def test_a_layerwise_penalty_times_the_scale_of_initial_weights_is_the_same_for_all_layers():
-    # Initial weights are as large as 1 / sqrt(inputs): those of the second layer are half of the first's.
+def test_a_layerwise_penalty_goes_by_the_root_of_the_inputs():
     params = {name: {"kernel": jnp.ones(shape)} for name, shape in (("a", (3, 4)), ("b", (12, 4)))}
     params["a"]["bias"] = jnp.zeros(4)
     gradients = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
@@ -323,6 +344,11 @@ def test_a_layerwise_penalty_times_the_scale_of_initial_weights_is_the_same_for_
         np.testing.assert_allclose(found["layerwise"][name]["kernel"], expected, rtol=1e-6)
         assert np.max(np.abs(found["growing"][name]["kernel"] - expected)) > 1e-3
     np.testing.assert_array_equal(found["layerwise"]["a"]["bias"], found["growing"]["a"]["bias"])
+    alone, growing = (
+        _steps(_optimizer(method="stam_proximal", penalty=(0.1, 10.0), penalty_rule=rule), 12)[0]
+        for rule in ("layerwise", "growing")
+    )
+    np.testing.assert_allclose(alone["kernel"], growing["kernel"], rtol=1e-6)
 
 
 def _balanced_by_hand(start: float, every: int, hard_from: int, count: int) -> tuple[np.ndarray, list[float]]:
@@ -333,7 +359,7 @@ def _balanced_by_hand(start: float, every: int, hard_from: int, count: int) -> t
     for k in range(count):
         y, w = project(x), x - 0.1 * np.sin(x + k)
         x = (w + 0.1 * penalty * y) / (1 + 0.1 * penalty) if k < hard_from else y
-        if (k + 1) % every == 0:
+        if (k + 1) % every == 0 and k + 1 < hard_from:
             now = project(x)
             r, s = np.linalg.norm(x - now), penalty * np.linalg.norm(now - seen)
             penalty *= 2 if r > 10 * s else 0.5 if s > 10 * r else 1
@@ -354,11 +380,22 @@ def test_a_balanced_penalty_doubles_or_halves_where_one_residual_is_far_from_the
 
 
 def test_the_proximal_method_can_balance_its_penalty():
-    optimizer = _optimizer(method="stam_proximal", penalty=(0.1, 10.0), penalty_rule="balanced")
+    optimizer = _optimizer(epoch=30, method="stam_proximal", penalty=(1e-3, 10.0), penalty_rule="balanced")
     method = lambda penalty: stam_jax.stam(optax.cosine_decay_schedule(0.1, 20), penalty=penalty)
-    expected = balance.balanced(method, start=0.1, every=1, hard_from=15)
-    (params, _), (wanted, _) = _steps(optimizer, 18), _steps(expected, 18)
-    np.testing.assert_allclose(params["kernel"], wanted["kernel"], rtol=2e-5)
+    every_third, every_step = (
+        balance.balanced(method, start=1e-3, every=every, hard_from=15) for every in (3, 1)
+    )
+    for count in (14, 18):
+        (params, _), (wanted, _) = _steps(optimizer, count), _steps(every_third, count)
+        np.testing.assert_allclose(params["kernel"], wanted["kernel"], rtol=2e-5)
+    (params, _), (other, _) = _steps(optimizer, 14), _steps(every_step, 14)
+    assert np.max(np.abs(params["kernel"] - other["kernel"])) > 1e-4
+
+
+def test_a_balanced_penalty_stays_finite_where_nothing_moves():
+    method = lambda penalty: stam_jax.stam(0.0, penalty=penalty)
+    _, state = _run(balance.balanced(method, start=1.0, every=1, hard_from=1000), 100)
+    assert 1e3 < state.penalty < 1e12
 
 
 @pytest.mark.parametrize("settings", [{}, {"decay_from": 0.5}], ids=["cosine", "held"])
@@ -386,6 +423,9 @@ def test_the_thresholds_of_prox_quant_add_up_to_the_setting(settings):
         ({"method": "parq", "pull": 0.1}, "--pull: only with --method stam; got --method parq"),
         ({"method": "stam", "penalty": (1.0, 2.0)}, "--penalty: only with --method stam_proximal"),
         ({"penalty_rule": "balanced"}, "--penalty-rule: only with --method stam_proximal"),
+        ({"method": "parq", "average_from": 0.9}, "--average-from: only with --method stam"),
+        ({"average_from": 0.5, "inertia": 0.0}, "--average-from: needs .*got inertia 0.0, and 10 of 20"),
+        ({"average_from": 0.99}, "--average-from: needs .*and 20 of 20 steps to begin after"),
         ({"box": 1.0, "ridge": 0.1}, "--box and --ridge: one of them"),
         ({"decay_epochs": (1,), "decay_from": 0.5}, "--decay-epochs and --decay-from: one of them"),
     ],

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import runs, table
+from experiments import compare, runs, table
 from experiments.cli import main
-from experiments.config import CompareSettings
+from experiments.config import CompareSettings, SettingsError
 from experiments.training import Trainer
 
 ARGUMENTS = "table --datasets digits --models resnet8 --methods float stam --seeds 2 --epochs 1 --width 0.125"
@@ -89,12 +89,26 @@ def test_a_table_grows_but_does_not_change_its_settings(folder, capsys):
 
 
 def test_the_config_of_a_comparison_says_all_that_was_asked_for(tmp_path):
-    begin = lambda **asked: runs.begin(tmp_path, "compare", CompareSettings(**asked), resume=True)
-    begin(methods=("float", "stam"), seeds=2, own={"stam": {"inertia": ["0.9"]}})
-    begin(methods=("parq", "stam"), seeds=1, own={"parq": {"momentum": ["0.5"]}})
-    kept = runs.read_json(tmp_path / runs.CONFIG)
-    assert kept["methods"] == ["float", "stam", "parq"]
-    assert kept["seeds"] == 2
-    assert kept["own"] == {"stam": {"inertia": ["0.9"]}, "parq": {"momentum": ["0.5"]}}
-    begin(methods=("all",))
-    assert runs.read_json(tmp_path / runs.CONFIG)["methods"] == ["all"]
+    def begin(**asked):
+        settings = CompareSettings(**asked)
+        runs.begin(tmp_path, "compare", settings, resume=True)
+        compare.jobs_of(settings, tmp_path, resume=True)
+        return runs.read_json(tmp_path / runs.CONFIG)
+
+    stam, parq = {"stam": {"inertia": ["0.9"]}}, {"parq": {"momentum": ["0.5"]}}
+    begin(methods=("float", "stam"), seeds=2, own=stam)
+    # What is said of a method that was not asked for is not yet settled.
+    kept = begin(methods=("float",), seeds=1, own={"parq": {"momentum": ["0.7"]}})
+    assert (kept["methods"], kept["seeds"]) == (["float", "stam"], 2)
+    kept = begin(methods=("parq", "float"), seeds=1, own=parq)
+    assert (kept["methods"], kept["seeds"], kept["own"]) == (["float", "stam", "parq"], 2, stam | parq)
+    assert begin(methods=("parq", "stam"), own=parq | stam) == kept
+    for methods, own in (
+        (("stam", "bop"), {}),
+        (("stam",), {"stam": {"momentum": ["0.5"]}}),
+        (("all",), parq),
+    ):
+        with pytest.raises(SettingsError, match=r"own.stam was \{'inertia': \['0.9'\]\}, and is"):
+            begin(methods=methods, own=own)
+        assert runs.read_json(tmp_path / runs.CONFIG) == kept
+    assert begin(methods=("all",), own=parq | stam)["methods"] == ["all"]

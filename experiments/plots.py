@@ -42,7 +42,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Metrics]]) -> None:
     accuracy.set(title="Accuracy on validation images", ylim=(_floor(runs), 1.003))
     accuracy.plot([], [], color="grey", linestyle=":", label="as trained (relaxed)")
     gap.set(title="Quantisation gap |x - y| / |y|")
-    flips.set(title="Share of weights that change sign in an epoch")
+    flips.set(title="Share of signs changed since the last point")
     for axes in (accuracy, gap, flips):
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.25)

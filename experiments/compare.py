@@ -14,6 +14,7 @@ from experiments.config import (
     METHODS,
     CompareSettings,
     Execution,
+    Method,
     TrainSettings,
 )
 from experiments.grid import Job
@@ -88,7 +89,7 @@ def collect(folder: Path) -> list[Row]:
     )
     rows = [row for place in places for row in runs.read_json(place / runs.RESULT)]
     if rows and devices.is_first():
-        metrics: dict[str, list[Any]] = {}
+        metrics: dict[Method, list[Any]] = {}
         for place, row in zip(places, rows, strict=True):
             metrics.setdefault(row["method"], []).append(runs.read_metrics(place / runs.METRICS))
         runs.write_json(folder / runs.RESULT, rows)

@@ -8,13 +8,15 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from experiments.config import METHODS, Method
+
 Metrics = Sequence[Mapping[str, Any]]
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
 
-def curves(path: Path, runs: Mapping[str, Sequence[Metrics]]) -> None:
+def curves(path: Path, runs: Mapping[Method, Sequence[Metrics]]) -> None:
     """Draw the metrics of several methods over the epochs; one line per seed.
 
     Args:
@@ -26,7 +28,9 @@ def curves(path: Path, runs: Mapping[str, Sequence[Metrics]]) -> None:
         rows = -(-(len(runs) + 1) // 6)
         figure = Figure(figsize=(13, 4 + 0.25 * rows), layout="constrained")
         accuracy, gap, flips = figure.subplots(1, 3)
-        for index, (method, seeds) in enumerate(runs.items()):
+        for method, seeds in runs.items():
+            # The same in every picture, whichever methods are in it.
+            index = METHODS.index(method)
             colour = _COLOURS[index % len(_COLOURS)]
             dashes = "-" if index < len(_COLOURS) else "--"
             for seed, metrics in enumerate(filter(None, seeds)):
@@ -57,7 +61,7 @@ def _line(axes: Any, metrics: Metrics, name: str, **style: Any) -> None:
     axes.plot([x for x, _ in points], [y for _, y in points], **style)
 
 
-def _floor(runs: Mapping[str, Sequence[Metrics]]) -> float:
+def _floor(runs: Mapping[Method, Sequence[Metrics]]) -> float:
     """A lower end for the accuracies that shows the second half of the runs in full."""
     late = [
         row[name]

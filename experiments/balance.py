@@ -57,13 +57,12 @@ def balanced(
     injected = cast(Callable[..., optax.GradientTransformation], optax.inject_hyperparams(method))(
         penalty=start
     )
-    hard_of = lambda state, params: {
-        name: leaf.hard for name, leaf in stam_jax.quantized_leaves(state, params).items()
-    }
+    hard_of = lambda leaves: {name: leaf.hard for name, leaf in leaves.items()}
 
     def init(params: Any) -> BalanceState:
         inner = injected.init(params)
-        return BalanceState(jnp.zeros([], int), jnp.float32(start), hard_of(inner, params), inner)
+        hard = hard_of(stam_jax.quantized_leaves(inner, params))
+        return BalanceState(jnp.zeros([], int), jnp.float32(start), hard, inner)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, BalanceState]:
         penalty = jnp.where(state.count < hard_from, state.penalty, jnp.inf)
@@ -74,7 +73,7 @@ def balanced(
 
         def look() -> tuple[jax.Array, dict[str, jax.Array]]:
             leaves = stam_jax.quantized_leaves(inner, moved)
-            hard = {name: leaf.hard for name, leaf in leaves.items()}
+            hard = hard_of(leaves)
             r = optax.tree.norm({name: leaf.latent - leaf.hard for name, leaf in leaves.items()})
             s = state.penalty * optax.tree.norm(optax.tree.sub(hard, state.hard))
             factor = jnp.where(r > _FAR * s, _FACTOR, jnp.where(s > _FAR * r, 1 / _FACTOR, 1.0))

@@ -206,7 +206,7 @@ def _steps(optimizer: optax.GradientTransformation, count: int) -> tuple[Any, An
 
 
 def _optimizer(*, steps: int = 20, epoch: int = 2, **settings: Any) -> optax.GradientTransformation:
-    """The optimiser of a run, of 20 steps and hard from step 15 on."""
+    """The optimiser of a run that is hard for its last quarter: of 20 steps from step 15 on."""
     chosen = TrainSettings(momentum=0.0, weight_decay=0.0, nesterov=False, **settings)
     params = {"kernel": jnp.zeros((3, 4))}
     return optimizers.build(chosen, optimizers.choose(params, chosen), steps=steps, epoch=epoch)

@@ -131,6 +131,8 @@ class TrainSettings(Settings):
     """The weights in use between float and binary (stam)."""
     inertia: Annotated[float, _SHARE] = 0.999
     """Where the next step starts on the way from the weights in use, 0, to the float ones, 1 (stam)."""
+    anneal_inertia: tuple[Annotated[float, _SHARE], Annotated[float, _SHARE]] | None = None
+    """Shares of the run between which 1 - inertia grows by a factor, from 1e-4 at least to 1 (stam)."""
     pull: Annotated[float, _AT_LEAST_0] = 0.0
     """Penalty that draws the float weights to those in use: takes step size times this off inertia (stam)."""
     project: Literal["first", "last"] = "last"

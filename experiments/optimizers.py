@@ -106,7 +106,7 @@ def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int,
         case "stam_proximal":
             method = _proximal(settings, learning_rate, selection, hard_from=hard_from, epoch=epoch, **common)
         case "stam":
-            method = _inertial(settings, learning_rate, hard_from=hard_from, **common)
+            method = _inertial(settings, learning_rate, hard_from=hard_from, steps=steps, **common)
             if settings.average_from is not None:
                 begin = max(round(settings.average_from * steps), 1)
                 if settings.inertia == 0 or begin == steps:
@@ -118,7 +118,16 @@ def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int,
     return optax.chain(decay, momentum, method)
 
 
-_OF_STAM = ("relaxation", "inertia", "pull", "project", "box", "ridge", "average_from")
+_OF_STAM = (
+    "relaxation",
+    "inertia",
+    "anneal_inertia",
+    "pull",
+    "project",
+    "box",
+    "ridge",
+    "average_from",
+)
 _METHOD_OF = dict.fromkeys(_OF_STAM, "stam") | {
     "penalty": "stam_proximal",
     "penalty_rule": "stam_proximal",
@@ -177,12 +186,13 @@ def _proximal(
 
 
 def _inertial(
-    settings: TrainSettings, learning_rate: optax.Schedule, *, hard_from: int, **common: Any
+    settings: TrainSettings, learning_rate: optax.Schedule, *, hard_from: int, steps: int, **common: Any
 ) -> optax.GradientTransformationExtraArgs:
     """STAM with inertia.
 
     Raises:
-        SettingsError: if the float weights are to be both in a box and decayed.
+        SettingsError: if the float weights are to be both in a box and decayed, or the inertia is to follow
+            two rules, or none that can be.
     """
     annealed = stam_jax.schedules.linear_to_hard(hard_from)
     match settings.relaxation:
@@ -205,7 +215,9 @@ def _inertial(
     elif settings.box is not None:
         regularizer = stam_jax.Box(settings.box)
     inertia = settings.inertia
-    if settings.pull:
+    if settings.anneal_inertia is not None:
+        inertia = _annealed(settings, settings.anneal_inertia, steps)
+    elif settings.pull:
         inertia = lambda count: jnp.maximum(settings.inertia - settings.pull * learning_rate(count), 0.0)
     return stam_jax.stam(
         learning_rate,
@@ -215,6 +227,31 @@ def _inertial(
         project=settings.project,
         **common,
     )
+
+
+def _annealed(settings: TrainSettings, shares: tuple[float, float], steps: int) -> optax.Schedule:
+    """Inertia as given until one step, and none from another one on.
+
+    Raises:
+        SettingsError: if the second step does not come after the first, or a pull is given as well.
+    """
+    begin, end = (round(share * steps) for share in shares)
+    if begin >= end:
+        raise SettingsError(
+            f"--anneal-inertia: the second share should be larger, by a step at least; got {shares[0]} and "
+            f"{shares[1]} of {steps} steps."
+        )
+    if settings.pull:
+        raise SettingsError("--anneal-inertia and --pull: one of them, not both.")
+    first = max(1 - settings.inertia, 1e-4)
+    growth = (1 / first) ** (1 / (end - begin)) if first < 1 else 1.0
+    grown = stam_jax.schedules.geometric(first, growth=growth)
+
+    def inertia(count: jax.Array) -> jax.Array:
+        annealed = jnp.where(count < end, 1 - grown(jnp.maximum(count - begin, 0)), 0.0)
+        return jnp.where(count < begin, settings.inertia, annealed)
+
+    return inertia
 
 
 def _schedule(settings: TrainSettings, *, steps: int, epoch: int) -> optax.Schedule:

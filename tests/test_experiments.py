@@ -247,6 +247,25 @@ def test_the_settings_of_stam_are_arguments_of_the_engine(settings, arguments):
     assert jnp.max(jnp.abs(plain["kernel"] - params["kernel"])) > 1e-5
 
 
+@pytest.mark.parametrize("start", [1.0, 0.99])
+def test_annealed_inertia_ends_at_0(start):
+    """One minus the inertia grows by the same factor each step, and the rest of the run is proximal."""
+    first = max(1 - start, 1e-4)
+    shares = [1 - start] * 5 + [first ** (1 - k / 5) for k in range(5)] + [1.0] * 10
+    expected = stam_jax.stam(
+        optax.cosine_decay_schedule(0.1, 20),
+        relaxation=stam_jax.LinearBlend(lambda k: jnp.minimum(k / 15, 1)),
+        inertia=lambda count: 1 - jnp.asarray(shares)[count],
+    )
+    annealed = _optimizer(inertia=start, anneal_inertia=(0.25, 0.5))
+    for count in (5, 9, 12, 18):
+        (params, hard), (wanted, wanted_hard) = _steps(annealed, count), _steps(expected, count)
+        np.testing.assert_allclose(params["kernel"], wanted["kernel"], rtol=2e-5)
+        np.testing.assert_allclose(hard["kernel"], wanted_hard["kernel"], rtol=2e-5)
+    plain, _ = _steps(_optimizer(inertia=start), 18)
+    assert jnp.max(jnp.abs(plain["kernel"] - params["kernel"])) > 1e-5
+
+
 def test_averaged_weights_are_the_projection_of_the_mean_of_the_float_ones():
     latents = []
     for count in range(1, 21):
@@ -424,6 +443,9 @@ def test_the_thresholds_of_prox_quant_add_up_to_the_setting(settings):
         ({"method": "stam", "penalty": (1.0, 2.0)}, "--penalty: only with --method stam_proximal"),
         ({"penalty_rule": "balanced"}, "--penalty-rule: only with --method stam_proximal"),
         ({"method": "parq", "average_from": 0.9}, "--average-from: only with --method stam"),
+        ({"method": "parq", "anneal_inertia": (0.5, 0.9)}, "--anneal-inertia: only with --method stam"),
+        ({"anneal_inertia": (0.9, 0.5)}, "--anneal-inertia: the second .*got 0.9 and 0.5 of 20 steps"),
+        ({"anneal_inertia": (0.5, 0.9), "pull": 0.1}, "--anneal-inertia and --pull: one of them"),
         ({"average_from": 0.5, "inertia": 0.0}, "--average-from: needs .*got inertia 0.0, and 10 of 20"),
         ({"average_from": 0.99}, "--average-from: needs .*and 20 of 20 steps to begin after"),
         ({"box": 1.0, "ridge": 0.1}, "--box and --ridge: one of them"),

@@ -244,8 +244,7 @@ def _annealed(settings: TrainSettings, shares: tuple[float, float], steps: int) 
     if settings.pull:
         raise SettingsError("--anneal-inertia and --pull: one of them, not both.")
     first = max(1 - settings.inertia, 1e-4)
-    growth = (1 / first) ** (1 / (end - begin)) if first < 1 else 1.0
-    grown = stam_jax.schedules.geometric(first, growth=growth)
+    grown = stam_jax.schedules.geometric(first, growth=math.exp(-math.log(first) / (end - begin)))
 
     def inertia(count: jax.Array) -> jax.Array:
         annealed = jnp.where(count < end, 1 - grown(jnp.maximum(count - begin, 0)), 0.0)

@@ -246,7 +246,7 @@ def _annealed(settings: TrainSettings, shares: tuple[float, float], steps: int) 
     first = max(1 - settings.inertia, 1e-4)
     grown = stam_jax.schedules.geometric(first, growth=math.exp(-math.log(first) / (end - begin)))
 
-    def inertia(count: jax.Array) -> jax.Array:
+    def inertia(count: jax.typing.ArrayLike) -> jax.Array:
         annealed = jnp.where(count < end, 1 - grown(jnp.maximum(count - begin, 0)), 0.0)
         return jnp.where(count < begin, settings.inertia, annealed)
 

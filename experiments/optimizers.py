@@ -245,12 +245,12 @@ def _annealed(settings: TrainSettings, shares: tuple[float, float], steps: int) 
         raise SettingsError("--anneal-inertia and --pull: one of them, not both.")
     first = max(1 - settings.inertia, 1e-4)
     grown = stam_jax.schedules.geometric(first, growth=math.exp(-math.log(first) / (end - begin)))
-
-    def inertia(count: jax.typing.ArrayLike) -> jax.Array:
-        annealed = jnp.where(count < end, 1 - grown(jnp.maximum(count - begin, 0)), 0.0)
-        return jnp.where(count < begin, settings.inertia, annealed)
-
-    return inertia
+    parts = [
+        optax.constant_schedule(settings.inertia),
+        lambda count: 1 - grown(count),
+        optax.constant_schedule(0.0),
+    ]
+    return optax.join_schedules(parts, [begin, end])
 
 
 def _schedule(settings: TrainSettings, *, steps: int, epoch: int) -> optax.Schedule:

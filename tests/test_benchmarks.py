@@ -5,10 +5,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import chex
 import numpy as np
 import pytest
 
-from benchmarks import inference, optimum, training
+import stam_jax
+from benchmarks import flips, inference, optimum, training
+from experiments import data
+from experiments.config import TrainSettings
+from experiments.training import Trainer
 
 TINY = ("--models", "resnet8", "--width", "0.125", "--batch-sizes", "16", "--rounds", "1", "--steps", "2")
 
@@ -92,6 +97,49 @@ def test_every_form_of_a_packed_network_is_measured(capsys):
     assert float(rows["folded"][-2]) < 1e-5
     assert float(rows["folded bfloat16"][-2]) < 0.05
     assert "resnet8: a packed file of" in out
+
+
+def test_the_parts_of_the_signs_and_of_their_sizes_add_up_to_the_change_of_a_loss():
+    """Written out for a product of all weights: f(a) = 2, f(b) = -12, with the other's signs -2 and 12."""
+    before, after = (
+        {"chosen": np.array(w), "other": np.array(v)} for w, v in (([2.0, 1], 1.0), ([-3.0, 4], 1.0))
+    )
+    chosen = {"chosen": True, "other": False}
+    product = lambda tree: float(np.prod(tree["chosen"]) * tree["other"])
+    np.testing.assert_array_equal(flips.with_signs(before, after, chosen)["chosen"], [-2, 1])
+    np.testing.assert_array_equal(flips.with_signs(after, before, chosen)["chosen"], [3, 4])
+    assert flips.signs_part(product, before, after, chosen) == ((-2 - 2) + (-12 - 12)) / 2
+    assert flips.turned(before, after, chosen) == 0.5
+
+
+def test_a_run_whose_signs_are_looked_at_is_that_of_the_experiments(tmp_path):
+    trainer = Trainer(TrainSettings(width=0.125, epochs=2, decay_from=0.75), data.load("digits"))
+    expected = trainer.train(1, tmp_path).state
+    run = flips.Run(trainer, 1, lambda: None)
+    for _ in range(trainer.steps):
+        run.take()
+    hard = stam_jax.hard_params(expected.opt_state, expected.params)
+    chex.assert_trees_all_equal(run.hard(), hard)
+
+
+@pytest.mark.slow
+def test_what_sign_changes_pay_is_told_by_inertia_and_part_of_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(flips, "LONG", 3)
+    monkeypatch.setattr(flips, "SINGLE", 2)
+    tiny = ("--dataset", "digits", "--model", "resnet8", "--width", "0.125", "--images", "128")
+    output = tmp_path / "rows.json"
+    assert flips.main([*tiny, "--epochs", "4", "--seeds", "2", "--output", str(output)]) == 0
+    rows = json.loads(output.read_text())
+    assert len(rows) == 3 * 2 * 4
+    for row in rows:
+        assert row["turned_by_window"] <= 3 * row["turned_by_step"] + 1e-9
+        if row["turned_by_window"] == 0:
+            assert row["signs_by_window"] == pytest.approx(0, abs=1e-6)
+        assert len(row["signs_by_layer"]) == 10
+    assert any(row["turned_by_window"] for row in rows if row["trial"] == "inertia 1")
+    assert capsys.readouterr().out.strip().splitlines() == flips.table(rows)
+    assert flips.main([*tiny, "--epochs", "1"]) == 2
+    assert "--epochs: 9 steps have no room" in capsys.readouterr().err
 
 
 def test_the_packed_forms_refuse_a_wrong_setting(capsys):

@@ -139,7 +139,8 @@ def study(path: Path, execution: Execution, folder: Path, console: Console) -> l
             settings = dataclasses.replace(trial.settings, seed=seed)
             place = folder / f"{folder_name(trial.name)}-seed{seed}"
             jobs += grid.with_warm_start(Job(settings, place, judged_on="validation"), place / "float")
-    for job in jobs:
+    # The folder of a float run lies in that of the run which begins at it.
+    for job in sorted(jobs, key=lambda job: len(job.folder.parts)):
         runs.begin(job.folder, "train", job.settings, resume=True)
     if devices.is_first():
         names = [trial.name for trial in asked.trials]

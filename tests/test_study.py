@@ -156,3 +156,15 @@ def test_every_kept_study_is_one_that_can_be_asked_again(kept):
     for trial in asked.trials:
         for config in kept.parent.glob(f"{glob.escape(study.folder_name(trial.name))}-seed*/{runs.CONFIG}"):
             assert runs.read_settings(config).without_seed() == trial.settings
+
+
+def test_a_trial_may_begin_at_a_float_network(tmp_path):
+    asked = STUDY.split("[[trials]]")[0].replace("seeds = 2", "seeds = 1")
+    (tmp_path / "asked.toml").write_text(f'{asked}method = "stam"\n\n[[trials]]\nwarm_start = true\n')
+    assert main(["study", str(tmp_path / "asked.toml"), "--output", str(tmp_path / "kept")]) == 0
+    folder = tmp_path / "kept" / "warm_start=True-seed0"
+    assert runs.read_settings(folder / runs.CONFIG).method == "stam"
+    assert runs.read_settings(folder / "float" / runs.CONFIG).method == "float"
+    assert (folder / "float" / runs.RELAXED).is_file()
+    _, rows = study.answers(tmp_path / "kept")
+    assert {name: len(group) for name, group in rows.items()} == {"warm_start=True": 1}

@@ -172,9 +172,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     """The rows as a table in Markdown, a line for each trial and share of the run: means over the seeds."""
     first = rows[0]
     seeds = len({row["seed"] for row in rows})
-    text = lambda values, form: (
-        f"{np.mean(values):{form}}" + (f" ± {np.std(values, ddof=1):{form}}" if seeds > 1 else "")
-    )
+    # The spread has no sign.
+    spread = lambda values, form: f" ± {np.std(values, ddof=1):{form.lstrip('+')}}" if seeds > 1 else ""
+    text = lambda values, form, unit="": f"{np.mean(values):{form}}{spread(values, form)}{unit}"
     lines = [
         f"{first['model']} at width {first['width']:g} on {first['dataset']}, {first['epochs']} epochs, "
         f"batches of {first['batch_size']}, step size held for three quarters. Loss of the binary network on "
@@ -190,7 +190,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         those = [row for row in rows if (row["trial"], row["share"]) == (trial, share)]
         column = lambda name, those=those: np.array([row[name] for row in those])
         cells = [trial.removeprefix("inertia "), f"{share:.0%}"]
-        cells += [text(100 * column(f"turned_by_{of}"), ".2f") + "%" for of in ("step", "window")]
+        cells += [text(100 * column(f"turned_by_{of}"), ".2f", "%") for of in ("step", "window")]
         for of in ("step", "window"):
             signs, change = column(f"signs_by_{of}"), column(f"change_by_{of}")
             cells += [text(1000 * values, "+.1f") for values in (signs, change - signs)]

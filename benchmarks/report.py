@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import optimum, theorems
+from benchmarks import flips, optimum, theorems
 from experiments.report import between
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +81,7 @@ PARTS = (
     ),
     Part(_DOCS / "theory.md", "theorems", theorems.RESULTS, theorems.table),
     Part(_DOCS / "theory.md", "optimum", optimum.RESULTS, optimum.table),
+    Part(_DOCS / "results.md", "flips", flips.RESULTS, flips.table),
 )
 
 

@@ -4,7 +4,7 @@
     python -m benchmarks.report
 
 The first trains a network with three inertias, writes `benchmarks/results/flips.json` and prints a table of
-it, in half an hour on two CPU cores; the second puts the table into the page. At some points of each run it
+it, in some forty minutes on one CPU core; the second puts the table into the page. At some points of each run it
 looks at windows: single steps, and a hundred in a row. A window takes the binary network from weights a to
 weights b. What of the change of the loss f is due to the signs is told by two networks between the two, a
 with the signs of b and b with those of a:
@@ -29,7 +29,6 @@ import numpy as np
 import optax
 from cyclopts import Parameter
 from cyclopts.validators import Number
-from flax import nnx
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
@@ -114,6 +113,8 @@ class Run:
 
 def loss_on(trainer: "Trainer", count: int) -> Callable[[Any], float]:
     """The mean loss on so many training images, as a function of the weights."""
+    from flax import nnx
+
     size = trainer.settings.batch_size
     split = trainer.dataset.train.at(np.arange(max(count // size, 1) * size))
     images = jax.jit(trainer.dataset.augment)(jax.random.key(0), split.images)

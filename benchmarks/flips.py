@@ -4,8 +4,8 @@
     python -m benchmarks.report
 
 The first trains a network with three inertias, writes `benchmarks/results/flips.json` and prints a table of
-it, in some forty minutes on one CPU core; the second puts the table into the page. At some points of each run it
-looks at windows: single steps, and a hundred in a row. A window takes the binary network from weights a to
+it, in some forty minutes on one CPU core; the second puts the table into the page. At some points of each run
+it looks at windows: single steps, and a hundred in a row. A window takes the binary network from weights a to
 weights b. What of the change of the loss f is due to the signs is told by two networks between the two, a
 with the signs of b and b with those of a:
 

@@ -259,8 +259,7 @@ def _schedule(settings: TrainSettings, *, steps: int, epoch: int) -> optax.Sched
         raise SettingsError("--decay-epochs and --decay-from: one of them, not both.")
     if settings.decay_from is not None:
         begin = round(settings.decay_from * steps)
-        falling = optax.linear_schedule(settings.learning_rate, 0.0, steps - begin)
-        return optax.join_schedules([optax.constant_schedule(settings.learning_rate), falling], [begin])
+        return optax.linear_schedule(settings.learning_rate, 0.0, steps - begin, transition_begin=begin)
     if not settings.decay_epochs:
         return optax.cosine_decay_schedule(settings.learning_rate, steps)
     ends = settings.decay_epochs

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 import stam_jax
-from experiments import averaging, balance
+from experiments import averaging, balance, weighted
 from experiments.config import SettingsError, TrainSettings
 
 
@@ -121,6 +121,7 @@ def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int,
 _OF_STAM = (
     "relaxation",
     "inertia",
+    "inertia_rule",
     "anneal_inertia",
     "pull",
     "project",
@@ -187,7 +188,7 @@ def _proximal(
 
 def _inertial(
     settings: TrainSettings, learning_rate: optax.Schedule, *, hard_from: int, steps: int, **common: Any
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformation:
     """STAM with inertia.
 
     Raises:
@@ -215,11 +216,17 @@ def _inertial(
     elif settings.box is not None:
         regularizer = stam_jax.Box(settings.box)
     inertia = settings.inertia
-    if settings.anneal_inertia is not None:
+    is_weighted = settings.inertia_rule == "weighted"
+    if is_weighted:
+        others = [name for name in ("anneal_inertia", "pull", "average_from") if getattr(settings, name)]
+        if others:
+            raise SettingsError(f"--inertia-rule and --{others[0].replace('_', '-')}: one of them, not both.")
+        inertia = 1.0
+    elif settings.anneal_inertia is not None:
         inertia = _annealed(settings, settings.anneal_inertia, steps)
     elif settings.pull:
         inertia = lambda count: jnp.maximum(settings.inertia - settings.pull * learning_rate(count), 0.0)
-    return stam_jax.stam(
+    method = stam_jax.stam(
         learning_rate,
         relaxation=relaxation,
         regularizer=regularizer,
@@ -227,6 +234,9 @@ def _inertial(
         project=settings.project,
         **common,
     )
+    if is_weighted:
+        return weighted.weighted(method, inertia=settings.inertia, selection=common["mask"])
+    return method
 
 
 def _annealed(settings: TrainSettings, shares: tuple[float, float], steps: int) -> optax.Schedule:

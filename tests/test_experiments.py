@@ -14,7 +14,7 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import stam_jax
-from experiments import balance, data, evaluation, files, models, optimizers, plots, report
+from experiments import balance, data, evaluation, files, models, optimizers, plots, report, weighted
 from experiments.config import METHODS, DivergedError, SettingsError, TrainSettings
 from experiments.devices import Layout
 from experiments.training import Progress, Trainer
@@ -266,6 +266,44 @@ def test_annealed_inertia_ends_at_0(start):
     assert jnp.max(jnp.abs(plain["kernel"] - params["kernel"])) > 1e-5
 
 
+def _weighted_by_hand(inertia: float, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Float64: the weights in use and the float ones after steps along the gradients of `_steps`."""
+    x = v = np.linspace(-1.0, 1.0, 12).reshape(3, 4)
+    squares = np.zeros((3, 4))
+    for k in range(count):
+        d = np.sin(x + k)
+        squares = 0.99 * squares + d**2
+        w = v - 0.05 * (1 + np.cos(np.pi * k / 20)) * d
+        blend, y = min(k / 15, 1), np.where(w < 0, -1, 1) * np.abs(w).mean(0)
+        x = (1 - blend) * w + blend * y
+        v = w - np.minimum((1 - inertia) * squares / squares.mean(), 1) * (w - x)
+    return x, v
+
+
+@pytest.mark.parametrize("inertia", [0.999, 0.9, 0.2])
+def test_weighted_inertia_is_less_where_a_gradient_moves_more(inertia):
+    optimizer = _optimizer(inertia=inertia, inertia_rule="weighted")
+    for count in (1, 8, 18):
+        params, state = _run(optimizer, count)
+        expected, floats = _weighted_by_hand(inertia, count)
+        np.testing.assert_allclose(params["kernel"], expected, rtol=2e-5)
+        leaf = stam_jax.quantized_leaves(state, params)["kernel"]
+        np.testing.assert_allclose(leaf.latent, floats, rtol=2e-5)
+    same, _ = _steps(_optimizer(inertia=inertia), 18)
+    assert jnp.max(jnp.abs(same["kernel"] - params["kernel"])) > 1e-6
+
+
+def test_weighted_inertia_is_the_same_for_all_weights_until_there_is_a_gradient():
+    params = {"kernel": jnp.array([[0.3, -0.5], [0.1, 0.2]]), "bias": jnp.ones(2)}
+    still = jax.tree.map(jnp.zeros_like, params)
+    method = stam_jax.stam(0.1, inertia=1.0, relaxation=stam_jax.Hard())
+    optimizer = weighted.weighted(method, inertia=0.9, selection=stam_jax.select(params))
+    _, state = optimizer.update(still, optimizer.init(params), params)
+    y = np.array([[0.2, -0.35], [0.2, 0.35]])
+    latent = stam_jax.quantized_leaves(state, params)["kernel"].latent
+    np.testing.assert_allclose(latent, 0.9 * params["kernel"] + 0.1 * y, rtol=1e-6)
+
+
 def test_averaged_weights_are_the_projection_of_the_mean_of_the_float_ones():
     latents = []
     for count in range(1, 21):
@@ -446,6 +484,9 @@ def test_the_thresholds_of_prox_quant_add_up_to_the_setting(settings):
         ({"method": "parq", "anneal_inertia": (0.5, 0.9)}, "--anneal-inertia: only with --method stam"),
         ({"anneal_inertia": (0.9, 0.5)}, "--anneal-inertia: the second .*got 0.9 and 0.5 of 20 steps"),
         ({"anneal_inertia": (0.5, 0.9), "pull": 0.1}, "--anneal-inertia and --pull: one of them"),
+        ({"method": "parq", "inertia_rule": "weighted"}, "--inertia-rule: only with --method stam"),
+        ({"inertia_rule": "weighted", "pull": 0.1}, "--inertia-rule and --pull: one of them"),
+        ({"inertia_rule": "weighted", "average_from": 0.9}, "--inertia-rule and --average-from: one of them"),
         ({"average_from": 0.5, "inertia": 0.0}, "--average-from: needs .*got inertia 0.0, and 10 of 20"),
         ({"average_from": 0.99}, "--average-from: needs .*and 20 of 20 steps to begin after"),
         ({"box": 1.0, "ridge": 0.1}, "--box and --ridge: one of them"),

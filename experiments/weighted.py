@@ -30,7 +30,7 @@ def weighted(
     r"""A method with inertia 1 that takes some of it from each weight, in proportion to its curvature.
 
     A sign that turns moves its weight by $2\alpha$. To second order that pays where the gradient is larger
-    than $\alpha$ times the curvature, whose usual estimate is the mean square of the minibatch gradients. With
+    than $\alpha$ times the curvature, whose usual estimate is the mean square of minibatch gradients. With
     inertia the gradient has to overcome $(1-\kappa)\,\alpha/\eta$, so $1-\kappa$ follows that estimate:
 
     $$s^+ = 0.99\,s + d^2, \qquad

@@ -132,7 +132,7 @@ class TrainSettings(Settings):
     inertia: Annotated[float, _SHARE] = 0.999
     """Where the next step starts on the way from the weights in use, 0, to the float ones, 1 (stam)."""
     inertia_rule: Literal["same", "weighted"] = "same"
-    """The same for all weights, or less of it where a weight's gradient moves more than others' (stam)."""
+    """The same for all weights, or less of it where a weight's directions are larger than others' (stam)."""
     anneal_inertia: tuple[Annotated[float, _SHARE], Annotated[float, _SHARE]] | None = None
     """Shares of the run between which 1 - inertia grows by a factor, from 1e-4 at least to 1 (stam)."""
     pull: Annotated[float, _AT_LEAST_0] = 0.0

@@ -1,4 +1,4 @@
-"""A pull on each float weight by how much its gradient moves: one way to flip signs only where it pays."""
+"""A pull on each float weight by the size of its directions: one way to flip signs only where it pays."""
 
 from typing import Any, NamedTuple, cast
 
@@ -8,7 +8,7 @@ import optax
 
 import stam_jax
 
-# Of the mean squares, per step.
+# Of the sum of squares, what a step keeps.
 _MEMORY = 0.99
 
 
@@ -31,7 +31,8 @@ def weighted(
 
     A sign that turns moves its weight by $2\alpha$. To second order that pays where the gradient is larger
     than $\alpha$ times the curvature, whose usual estimate is the mean square of minibatch gradients. With
-    inertia the gradient has to overcome $(1-\kappa)\,\alpha/\eta$, so $1-\kappa$ follows that estimate:
+    inertia the direction has to overcome $(1-\kappa)\,\alpha/\eta$, so $1-\kappa$ follows the mean square of
+    the directions d that come in:
 
     $$s^+ = 0.99\,s + d^2, \qquad
       v^+_i = w^+_i + \min\Bigl((1-\kappa)\,\frac{s^+_i}{\mathrm{mean}(s^+)},\, 1\Bigr)\,(x^+_i - w^+_i),$$
@@ -40,7 +41,7 @@ def weighted(
 
     Args:
         method: `stam` with inertia 1, by itself.
-        inertia: the mean of the inertia over a kernel, kappa.
+        inertia: kappa, the mean of the inertia over a kernel as long as no weight is bounded at 0.
         selection: the leaves that it quantises.
 
     Returns:

@@ -281,7 +281,7 @@ def _weighted_by_hand(inertia: float, count: int) -> tuple[np.ndarray, np.ndarra
 
 
 @pytest.mark.parametrize("inertia", [0.999, 0.9, 0.2])
-def test_weighted_inertia_is_less_where_a_gradient_moves_more(inertia):
+def test_weighted_inertia_is_less_where_directions_are_larger(inertia):
     optimizer = _optimizer(inertia=inertia, inertia_rule="weighted")
     for count in (1, 8, 18):
         params, state = _run(optimizer, count)

@@ -99,9 +99,10 @@ def _tables(results: Path, page: Path) -> Iterator[list[str]]:
         place = folder.relative_to(ROOT).as_posix()
         yield [f"### {_network(settings)}, {_scope(settings)}"]
         yield [
-            f"{settings['epochs']} epochs, batches of {settings['batch_size']}; accuracy in % on the test "
-            "images, after the last epoch; mean and standard deviation over the seeds (their number in "
-            f"brackets), on one split; {environment['machine']}, jax {environment['packages']['jax']}. "
+            f"{settings['epochs']} epochs, batches of {settings['batch_size']}, {settings['precision']}; "
+            "accuracy in % on the test images, after the last epoch; mean and standard deviation over the "
+            f"seeds (their number in brackets), on one split; {environment['machine']}, jax "
+            f"{environment['packages']['jax']}. "
             f"`python -m experiments compare --config {place}/{runs.CONFIG}`:"
         ]
         yield [

@@ -50,11 +50,13 @@ def _training(rows: list[dict[str, Any]]) -> Iterator[str]:
         f"rounds of {first['steps']} steps; medians, and in brackets the least and the most of the rounds:"
     )
     yield ""
+    scanned = any("scanned_to_single" in row for row in rows)
     yield (
         "| network | method | images/s | share of the peak | memory of a step, MB "
         "| optimiser's share of the step | time against float |"
+        + (f" {first['steps']} steps in one call against single ones |" if scanned else "")
     )
-    yield "|---|---|--:|--:|--:|--:|--:|"
+    yield "|---|---|--:|--:|--:|--:|--:|" + ("--:|" if scanned else "")
     for row in rows:
         cells = (
             row["model"],
@@ -65,6 +67,8 @@ def _training(rows: list[dict[str, Any]]) -> Iterator[str]:
             _spread(row, "optimizer_share", ".2%"),
             "1" if row["method"] == "float" else _spread(row, "ratio_to_float", ".2f"),
         )
+        if scanned:
+            cells += (_spread(row, "scanned_to_single", ".2f") if "scanned_to_single" in row else "-",)
         yield f"| {' | '.join(cells)} |"
 
 
@@ -76,8 +80,9 @@ def _spread(row: dict[str, Any], name: str, form: str) -> str:
 
 _DOCS, _RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
 PARTS = (
-    Part(
-        _DOCS / "benchmarks.md", "training", _RESULTS / "training-cpu.json", lambda rows: [*_training(rows)]
+    *(
+        Part(_DOCS / "benchmarks.md", name, _RESULTS / f"{name}.json", lambda rows: [*_training(rows)])
+        for name in ("training-cpu", "training-gpu")
     ),
     Part(_DOCS / "theory.md", "theorems", theorems.RESULTS, theorems.table),
     Part(_DOCS / "theory.md", "optimum", optimum.RESULTS, optimum.table),

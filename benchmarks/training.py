@@ -8,8 +8,9 @@ labels: they serve for timing and for nothing else.
 What is told of each network, method, precision and batch size:
 
 - images/s, from the median time of a step.
-- Utilisation: the FLOP/s of the step as a share of the peak. XLA counts the FLOPs of the whole step, in the
-  program as it was written: in the compiled one it cannot see into the libraries that GPUs call. The peak is
+- Utilisation: the FLOP/s of the step as a share of the peak. The FLOPs of the whole step are counted in the
+  program as it was written, by XLA or, for devices that cannot ask it, by JAX: in the compiled one XLA cannot
+  see into the libraries that GPUs call. The peak is
   the FLOP/s that a large square matrix product reaches in the same precision on this device, in the fastest
   of the same rounds, times the number of devices.
 - Memory of the step on a device, as compiled: arguments, outputs and temporaries; what is donated counts
@@ -21,6 +22,7 @@ What is told of each network, method, precision and batch size:
 
 import itertools
 import json
+import logging
 import statistics
 import sys
 import time
@@ -34,6 +36,7 @@ import numpy as np
 import optax
 from cyclopts import Parameter
 from cyclopts.validators import Number
+from jax.experimental.roofline import roofline
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
@@ -164,24 +167,28 @@ def scan_timer(
     trainer: "Trainer", key: jax.Array, train: Split, order: jax.Array, steps: int
 ) -> Callable[[], float]:
     """Times steps that are scanned inside one call."""
-
-    def scanned(state: Any, train: Split, order: jax.Array) -> Any:
-        body = lambda state, _: trainer.advance(state, key, train, order)
-        return jax.lax.scan(body, state, length=steps)[0]
-
-    compiled = jax.jit(scanned, donate_argnums=0)
-    take = lambda state: compiled(state, train, order)
+    take = lambda state: trainer.advance(state, key, train, order, count=steps)[0]
     return timer(take, random_state(trainer), calls=1, steps=steps)
 
 
-def flops(lowered: Any, compiled: Any) -> dict[str, float]:
+def flops_as_written(step: Callable[..., Any], *arguments: Any) -> float:
+    """The FLOPs of a function, counted operation by operation as it is written."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # It would warn of what has no FLOPs.
+    try:
+        return float(roofline(step)(*arguments)[1].unfused_flops)
+    finally:
+        logger.setLevel(level)
+
+
+def flops(lowered: Any, compiled: Any, step: Callable[..., Any], *arguments: Any) -> dict[str, float]:
     """The FLOPs of a step over all devices, and XLA's count in the program compiled for one of them."""
     counted = lambda stage: float((stage.cost_analysis() or {}).get("flops", 0.0))
-    optimized = counted(compiled)
-    # Not every backend can count before it has compiled.
     return {
-        "flops_per_step": counted(lowered) or optimized * jax.device_count(),
-        "flops_compiled_per_device": optimized,
+        # Not every backend can count before it has compiled.
+        "flops_per_step": counted(lowered) or flops_as_written(step, *arguments),
+        "flops_compiled_per_device": counted(compiled),
     }
 
 
@@ -217,11 +224,14 @@ def subject(case: Case, method: Method, steps: int, *, scan: bool) -> Subject:
         "method": method,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
     }
-    lowered = trainer.advance.lower(state, key, train, order)
+    step = (state, key, train, order)
+    lowered = trainer.advance.lower(*step)
+    shapes = jax.eval_shape(lambda *step: step, *step)
     advance = lowered.compile()
     take = lambda state: advance(state, key, train, order)[0]
     timers = {"step": timer(take, state, calls=steps, steps=steps)}
-    facts |= flops(lowered, advance) | memory(advance) | {"peak_bytes_in_use": peak_bytes_in_use()}
+    facts |= flops(lowered, advance, trainer.advance, *shapes) | memory(advance)
+    facts["peak_bytes_in_use"] = peak_bytes_in_use()
     timers["update"] = update_timer(trainer, steps)
     if scan:
         timers["scanned"] = scan_timer(trainer, key, train, order, steps)

@@ -81,6 +81,8 @@ class Recipe:
     """Epochs after which the step size falls tenfold; with none, it falls to 0 along a cosine."""
     decay_from: Annotated[float | None, Parameter(validator=Number(gte=0, lt=1))] = None
     """Share of the run from which on the step size falls to 0 in a straight line, in place of the cosine."""
+    warmup_epochs: Annotated[int, _INDEX] = 0
+    """Epochs over which the step size grows in a straight line to what it is otherwise."""
     momentum: Annotated[float, Parameter(validator=Number(gte=0, lt=1))] = 0.9
     """Momentum of SGD."""
     nesterov: bool = True
@@ -286,6 +288,8 @@ class Execution(Reading):
     """Whether the training images lie on the device, or are read batch by batch."""
     workers: Annotated[int, _INDEX] = 0
     """Processes that read and decode images where they are streamed; 0 for none beside this one."""
+    steps_per_call: Annotated[int | None, _COUNT] = None
+    """Most steps that devices take on their own, of images in memory; by default 1 on CPUs, 32 on others."""
     checkpoint_every: Annotated[int | None, _COUNT] = None
     """Epochs between checkpoints that are kept; the last state is saved every minute in any case."""
     tensorboard: Annotated[bool, Parameter(negative="")] = False

@@ -48,7 +48,7 @@ def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int,
             given that is another method's.
     """
     _check_method_has_its_own(settings)
-    learning_rate = _schedule(settings, steps=steps, epoch=epoch)
+    learning_rate = _warmed_up(_schedule(settings, steps=steps, epoch=epoch), settings, epoch=epoch)
     scale = None if settings.scale == "none" else settings.scale
     common = {"quantizer": stam_jax.Binary(scale=scale), "mask": selection}
     hard_from = max(round(settings.hard_from * steps), 1)
@@ -261,6 +261,21 @@ def _annealed(settings: TrainSettings, shares: tuple[float, float], steps: int) 
         optax.constant_schedule(0.0),
     ]
     return optax.join_schedules(parts, [begin, end])
+
+
+def _warmed_up(schedule: optax.Schedule, settings: TrainSettings, *, epoch: int) -> optax.Schedule:
+    """A schedule of the step size that grows to what it is otherwise over the first epochs, as they are set.
+
+    The first step is not of size 0: it would teach nothing.
+    """
+    if settings.warmup_epochs >= settings.epochs:
+        raise SettingsError(
+            f"--warmup-epochs: {settings.warmup_epochs} should be less than --epochs, {settings.epochs}."
+        )
+    if not settings.warmup_epochs:
+        return schedule
+    steps = settings.warmup_epochs * epoch
+    return lambda step: schedule(step) * jnp.minimum((step + 1) / steps, 1.0)
 
 
 def _schedule(settings: TrainSettings, *, steps: int, epoch: int) -> optax.Schedule:

@@ -23,6 +23,9 @@ from experiments.data import Dataset, Split
 
 # How many steps the host may be ahead of the devices: enough to keep them busy, few enough to report on.
 _AHEAD = 16
+# How many steps devices other than CPUs take in one call, at most: a GPU may be done with a step before the
+# host has called for the next.
+_STEPS_PER_CALL = 32
 
 
 class State(NamedTuple):
@@ -59,7 +62,7 @@ class Progress(NamedTuple):
     """What a run tells of itself while it goes on.
 
     Args:
-        step: called with the number of steps taken.
+        step: called with the number of steps taken, after every call to the devices.
         metrics: called with the metrics of each measured epoch.
     """
 
@@ -104,6 +107,7 @@ class Trainer:
         self.settings, self.dataset, self.execution = settings, dataset, execution
         self.steps_per_epoch = dataset.train.size // settings.batch_size
         self.steps = self.steps_per_epoch * settings.epochs
+        self.steps_per_call = self._steps_per_call()
         # Neither the graph nor what is selected depends on the values of the weights.
         self.graph, self._params, self._stats = models.split(
             nnx.eval_shape(lambda: self._network(jax.random.key(0)))
@@ -116,13 +120,23 @@ class Trainer:
         self._draw = jax.jit(self._drawn, out_shardings=self.layout.whole)
         self._begin = jax.jit(self._begun, out_shardings=self.layout.whole)
         self.learn = jax.jit(self._learn, donate_argnums=0, out_shardings=self.layout.whole)
-        self.advance = jax.jit(self._advance, donate_argnums=0, out_shardings=self.layout.whole)
+        self.advance = jax.jit(
+            self._advance, donate_argnums=0, static_argnames="count", out_shardings=self.layout.whole
+        )
 
     def _network(self, key: jax.Array) -> models.Network:
         settings = self.settings
         return models.build(
             settings.model, self.dataset, width=settings.width, precision=settings.precision, key=key
         )
+
+    def _steps_per_call(self) -> int:
+        """How many steps are taken in a call: as many as may be, and so that an epoch is whole calls."""
+        if self.execution.loader == "stream":
+            return 1
+        most = 1 if jax.default_backend() == "cpu" else _STEPS_PER_CALL
+        most = min(self.execution.steps_per_call or most, self.steps_per_epoch)
+        return next(count for count in range(most, 0, -1) if self.steps_per_epoch % count == 0)
 
     def initial_state(self, key: jax.Array, start: Path | None = None) -> State:
         """The state before the first step, on the devices.
@@ -171,27 +185,34 @@ class Trainer:
         return State(params, stats, opt_state, total, state.step + 1), value
 
     def _advance(
-        self, state: State, key: jax.Array, train: Split, order: jax.Array
+        self, state: State, key: jax.Array, train: Split, order: jax.Array, count: int = 1
     ) -> tuple[State, jax.Array]:
-        """One step on the next images of the epoch's order; returns the loss as well."""
+        """Some steps on the next images of the epoch's order; returns the loss of the last one as well."""
         size = self.settings.batch_size
-        chosen = jax.lax.dynamic_slice_in_dim(order, state.step % self.steps_per_epoch * size, size)
-        chosen = self.layout.spread(chosen)
-        return self._learn(state, key, Split(train.images[chosen], train.labels[chosen]))
+
+        def step(state: State, _: Any) -> tuple[State, jax.Array]:
+            chosen = jax.lax.dynamic_slice_in_dim(order, state.step % self.steps_per_epoch * size, size)
+            chosen = self.layout.spread(chosen)
+            return self._learn(state, key, Split(train.images[chosen], train.labels[chosen]))
+
+        if count == 1:
+            return step(state, None)
+        state, losses = jax.lax.scan(step, state, length=count)
+        return state, losses[-1]
 
     @contextlib.contextmanager
     def _feed(
         self, order_of: Callable[[int], jax.Array], step: int
-    ) -> Iterator[Callable[[State, jax.Array, jax.Array], tuple[State, jax.Array]]]:
+    ) -> Iterator[Callable[..., tuple[State, jax.Array]]]:
         """Opens the training images from a step on.
 
-        Gives a function that takes the next step, from a state, the epoch's key and its order of the images;
-        it returns the loss as well.
+        Gives a function that takes the next steps, from a state, the epoch's key, its order of the images and
+        the number of steps, which is 1 for streamed images; it returns the loss of the last one as well.
         """
         records = self.dataset.train
         if self.execution.loader == "memory":
             train = self.layout.everywhere(records.at(np.arange(records.size)))
-            yield lambda state, key, order: self.advance(state, key, train, order)
+            yield lambda state, key, order, count: self.advance(state, key, train, order, count=count)
             return
         # One order for all epochs, so that workers are started once.
         used = self.steps_per_epoch * self.settings.batch_size
@@ -206,7 +227,7 @@ class Trainer:
             processes=jax.process_count(),
         )
         with contextlib.closing(batches):
-            yield lambda state, key, order: self.learn(state, key, self.layout.batch(next(batches)))
+            yield lambda state, key, order, count: self.learn(state, key, self.layout.batch(next(batches)))
 
     def run(self, seed: int, folder: Path, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Train from one seed, as `train`; write the weights; judge on the test images, once.
@@ -268,7 +289,7 @@ class Trainer:
             folder: where the files go.
             progress: told of every step and every measurement.
             start: a file of `files.save_float` with the weights to begin at; random ones by default.
-            stop_requested: asked after every step whether to stop there.
+            stop_requested: asked after every call to the devices whether to stop there.
 
         Returns:
             The state after the last step, and the seconds that it took.
@@ -292,20 +313,22 @@ class Trainer:
         order_of = lambda epoch: jax.random.permutation(keys_of(epoch)[0], self.dataset.train.size)
         seconds = lambda: earlier + time.perf_counter() - began
         step = int(state.step)
-        started, first = divmod(step, self.steps_per_epoch)
+        started = step // self.steps_per_epoch
         with (
             runs.Recorder(folder, keep=started, tensorboard=self.execution.tensorboard) as recorder,
-            self._feed(order_of, step) as take_step,
+            self._feed(order_of, step) as take_steps,
         ):
             progress.step(step)
             for epoch in range(started, self.settings.epochs):
                 order, step_key = self.layout.everywhere(order_of(epoch)), keys_of(epoch)[1]
                 under_way: collections.deque[jax.Array] = collections.deque()
-                for _ in range(first, self.steps_per_epoch):
-                    state, loss = take_step(state, step_key, order)
-                    step += 1
+                while step < (epoch + 1) * self.steps_per_epoch:
+                    # A run that goes on amid the steps of a call takes single ones until the next begins.
+                    count = 1 if step % self.steps_per_call else self.steps_per_call
+                    state, loss = take_steps(state, step_key, order, count)
+                    step += count
                     under_way.append(loss)
-                    if len(under_way) > _AHEAD:
+                    if len(under_way) > max(_AHEAD // count, 1):
                         jax.block_until_ready(under_way.popleft())
                     progress.step(step)
                     epoch_ends = step % self.steps_per_epoch == 0
@@ -319,7 +342,6 @@ class Trainer:
                         raise StoppedError(
                             f"stopped in epoch {epoch + 1}, after {step} of {self.steps} steps"
                         )
-                first = 0
         return Trained(state, seconds())
 
     def _measure(

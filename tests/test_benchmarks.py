@@ -62,6 +62,14 @@ def test_flops_are_those_of_the_convolutions_and_little_else(measured):
         assert 2 < row["flops_per_step"] / 16 / forward < 6
 
 
+def test_flops_are_the_same_where_xla_is_not_there_to_count_them(measured, monkeypatch):
+    case = training.Case("resnet8", 0.125, "float32", 16)
+    monkeypatch.setattr("jax.stages.Lowered.cost_analysis", lambda lowered: None)
+    for method, row in measured.items():
+        facts = training.subject(case, method, 1, scan=False).facts
+        assert facts["flops_per_step"] == pytest.approx(row["flops_per_step"], rel=0.05)
+
+
 def test_float_is_what_the_others_are_compared_with(measured):
     assert measured["float"]["ratio_to_float"] == 1
     assert measured["stam"]["ratio_to_float"] > 0

@@ -491,6 +491,7 @@ def test_the_thresholds_of_prox_quant_add_up_to_the_setting(settings):
         ({"average_from": 0.99}, "--average-from: needs .*and 20 of 20 steps to begin after"),
         ({"box": 1.0, "ridge": 0.1}, "--box and --ridge: one of them"),
         ({"decay_epochs": (1,), "decay_from": 0.5}, "--decay-epochs and --decay-from: one of them"),
+        ({"warmup_epochs": 40}, "--warmup-epochs: 40 should be less than --epochs, 40"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )

@@ -130,6 +130,26 @@ def test_streamed_images_train_the_same_network(trainer, whole, tmp_path):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
+def test_steps_that_devices_take_on_their_own_are_the_same_steps(trainer, whole, tmp_path):
+    # Four at most, and so that the nine of an epoch are whole calls; stopped amid one, it goes on to its end.
+    by_threes = Trainer(TINY, trainer.dataset, Execution(steps_per_call=4))
+    with pytest.raises(StoppedError):
+        run_until(trainer, tmp_path, STEPS + 2)
+    seen = []
+    by_threes.run(0, tmp_path, Progress(step=seen.append))
+    assert seen == [STEPS + 2, STEPS + 3, *range(STEPS + 6, 3 * STEPS + 1, 3)]
+    for row, expected in zip(metrics(tmp_path), metrics(whole), strict=True):
+        assert row == pytest.approx(expected, abs=0.01, nan_ok=True)
+
+
+def test_gpus_take_whole_calls_of_steps_on_their_own_unless_the_images_are_streamed(trainer, monkeypatch):
+    assert trainer.steps_per_call == 1
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    executions = (Execution(), Execution(steps_per_call=8), Execution(loader="stream"))
+    counts = [Trainer(TINY, trainer.dataset, execution).steps_per_call for execution in executions]
+    assert counts == [STEPS, 3, 1]
+
+
 def test_measuring_seldom_changes_nothing_but_what_is_measured(trainer, whole, tmp_path):
     seldom = Trainer(dataclasses.replace(TINY, measure_every=2), trainer.dataset)
     seldom.run(0, tmp_path)
@@ -193,6 +213,25 @@ def test_the_step_size_falls_tenfold_after_each_of_some_epochs():
         updates, state = optimizer.update({"kernel": np.ones((2, 2), np.float32)}, state, params)
         taken.append(-float(updates["kernel"][0, 0]))
     np.testing.assert_allclose(taken, [0.5] * 12 + [0.05] * 12 + [0.005] * 6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [{}, {"decay_from": 0.5}, {"decay_epochs": (5,)}], ids=str)
+def test_a_warm_up_leads_in_a_straight_line_to_the_step_size_as_it_is_otherwise(decay):
+    params = {"kernel": np.zeros((2, 2), np.float32), "bias": np.zeros(2, np.float32)}
+    gradients = {"kernel": np.ones((2, 2), np.float32), "bias": np.ones(2, np.float32)}
+
+    def sizes(warmup_epochs: int) -> np.ndarray:
+        common = {"method": "float", "momentum": 0.0, "weight_decay": 0.0, "epochs": 8, **decay}
+        settings = TrainSettings(warmup_epochs=warmup_epochs, **common)
+        optimizer = optimizers.build(settings, optimizers.choose(params, settings), steps=40, epoch=5)
+        state, taken = optimizer.init(params), []
+        for _ in range(40):
+            updates, state = optimizer.update(gradients, state, params)
+            taken.append(-float(updates["bias"][0]))
+        return np.array(taken)
+
+    growth = np.minimum(np.arange(1, 41) / 10, 1)
+    np.testing.assert_allclose(sizes(2), growth * sizes(0), rtol=1e-6)
 
 
 def test_plain_momentum_is_that_of_optax_sgd():

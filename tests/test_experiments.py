@@ -551,8 +551,8 @@ def _keep(folder: Path, contents: dict[str, Any]) -> None:
 
 
 SETTINGS = {
-    "model": "vgg11", "dataset": "cifar10", "width": 1.0, "precision": "float32", "epochs": 3, "batch_size": 64,
-    "exclude": ["last"],
+    "model": "vgg11", "dataset": "cifar10", "width": 1.0, "precision": "float32", "epochs": 3,
+    "batch_size": 64, "exclude": ["last"],
 }  # fmt: skip
 
 

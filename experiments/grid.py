@@ -89,6 +89,8 @@ def trainer(settings: TrainSettings, execution: Execution) -> Trainer:
     """
     if execution.workers and execution.loader != "stream":
         raise SettingsError("--workers: only with --loader stream.")
+    if execution.steps_per_call and execution.loader == "stream":
+        raise SettingsError("--steps-per-call: only with --loader memory.")
     images = dataset(settings.dataset, execution.data_dir, execution.loader == "stream")
     return Trainer(settings, images, execution)
 

@@ -195,7 +195,7 @@ class Trainer:
             chosen = self.layout.spread(chosen)
             return self._learn(state, key, Split(train.images[chosen], train.labels[chosen]))
 
-        if count == 1:
+        if count == 1:  # One step needs no loop.
             return step(state, None)
         state, losses = jax.lax.scan(step, state, length=count)
         return state, losses[-1]
@@ -203,7 +203,7 @@ class Trainer:
     @contextlib.contextmanager
     def _feed(
         self, order_of: Callable[[int], jax.Array], step: int
-    ) -> Iterator[Callable[..., tuple[State, jax.Array]]]:
+    ) -> Iterator[Callable[[State, jax.Array, jax.Array, int], tuple[State, jax.Array]]]:
         """Opens the training images from a step on.
 
         Gives a function that takes the next steps, from a state, the epoch's key, its order of the images and

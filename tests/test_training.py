@@ -150,6 +150,19 @@ def test_gpus_take_whole_calls_of_steps_on_their_own_unless_the_images_are_strea
     assert counts == [STEPS, 3, 1]
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--workers", "2"), "--workers: only with --loader stream"),
+        (("--loader", "stream", "--steps-per-call", "2"), "--steps-per-call: only with --loader memory"),
+    ],
+    ids=["workers", "steps per call"],
+)
+def test_an_option_of_one_loader_is_refused_with_the_other(options, said, tmp_path, capsys):
+    assert main(["train", *QUICK, *options, "--output", str(tmp_path / "run")]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_measuring_seldom_changes_nothing_but_what_is_measured(trainer, whole, tmp_path):
     seldom = Trainer(dataclasses.replace(TINY, measure_every=2), trainer.dataset)
     seldom.run(0, tmp_path)

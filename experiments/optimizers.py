@@ -102,7 +102,7 @@ def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int,
         case "linear_blend":
             # As the relaxation of BinaryRelax is in torchao.
             blend = stam_jax.LinearBlend(stam_jax.schedules.linear_to_hard(hard_from))
-            method = stam_jax.stam(learning_rate, relaxation=blend, **common)
+            method = stam_jax.stam(learning_rate, relaxation=blend, inertia=1.0, **common)
         case "stam_proximal":
             method = _proximal(settings, learning_rate, selection, hard_from=hard_from, epoch=epoch, **common)
         case "stam":

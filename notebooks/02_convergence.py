@@ -564,7 +564,7 @@ print(f"at the ends, L is at least {found['smoothness'].max():.3f}, sigma at mos
 # %%
 exact = jax.vmap(functools.partial(regression, steps=steps, full=True), in_axes=(None, None, 0))
 stuck = jax.tree.map(np.asarray, exact(KEYS[0], 1 / from_above, jnp.array(penalties)))
-blend = stam(1 / from_above, relaxation=LinearBlend(schedules.linear_to_hard(3 * steps // 4)))
+blend = stam(1 / from_above, relaxation=LinearBlend(schedules.linear_to_hard(3 * steps // 4)), inertia=1.0)
 inertial = regression(KEYS[0], 0.0, 0.0, steps=steps, optimizer=blend)
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stam_jax import _numbers, _state, relaxations
+from stam_jax import _numbers, _state, relaxations, schedules
 from stam_jax._numbers import ScalarOrSchedule
 from stam_jax._state import Mask, StamState
 from stam_jax.quantizers import Binary, HasLevels, Quantizer
@@ -74,9 +74,10 @@ def stam(
         regularizer_penalty: $\tau$, from 0 to infinity.
         inertia: $\kappa$ in [0, 1], the share of $w - x$ carried over to the next step: 0 is the proximal
             method, 1 the lazy update of BinaryConnect and BinaryRelax. By default 0 with a `penalty`, which
-            at 1 would not pull at all, and 1 otherwise. The number 0 saves the copy of v. Above 0 a step
-            starts from v, not from the parameters: what else moves those, as `optax.lookahead` does, is
-            undone.
+            at 1 would not pull at all, and otherwise $1 - 0.01\,\eta$, as `schedules.inertia` gives it: a
+            little less than 1 keeps signs from turning with the noise. The number 0 saves the copy of v.
+            Above 0 a step starts from v, not from the parameters: what else moves those, as
+            `optax.lookahead` does, is undone.
         project: `"first"`, $y^+ = P_Q(v)$: no noise of this step enters the projection; or `"last"`,
             $y^+ = P_Q(w^+)$: the network trained in a hard phase is the one that ships, not the one of the
             step before. By default first with a `penalty`, last otherwise.
@@ -115,7 +116,7 @@ def stam(
     """
     _numbers.check("stam", "learning_rate", learning_rate, finite=True)
     if inertia is None:
-        inertia = 1.0 if penalty is None else 0.0
+        inertia = schedules.inertia(learning_rate) if penalty is None else 0.0
     _numbers.check("stam", "inertia", inertia, high=1.0)
     is_lazy = not _numbers.is_fixed_at(inertia, 0)
     if project is None:

@@ -3,6 +3,8 @@
 Any function of the step count serves wherever this package takes a number, those of Optax too.
 """
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -42,6 +44,41 @@ def geometric(start: float, *, growth: float, every: int = 1) -> optax.Schedule:
         return jnp.where(start == 0, 0.0, start * factor)
 
     return schedule
+
+
+def inertia(learning_rate: optax.ScalarOrSchedule, *, pull: float = 0.01) -> optax.ScalarOrSchedule:
+    r"""The inertia that leaves a pull towards the relaxed weights in proportion to the step size.
+
+    It is $\kappa = \max(1 - \gamma\eta, 0)$: with it the float weights of `stam` decay towards the relaxed
+    ones, $v^+ = w - \gamma\eta\,(w - x)$, as those of `optax.adamw` decay towards 0. Once the network is
+    hard, a sign changes only where the direction drives it by more than $\gamma\alpha$ on average, with
+    $\alpha$ its scale, whatever the step size is. A fixed $\kappa < 1$ holds signs the harder the smaller
+    the step is.
+
+    Args:
+        learning_rate: the step size $\eta$, a number or a schedule: that of `stam`.
+        pull: $\gamma$, at least 0, in units of the direction over the weights. 0 gives inertia 1.
+
+    Returns:
+        A number where `learning_rate` is one, else a schedule.
+
+    Raises:
+        ValueError: for a negative number.
+
+    Example:
+        >>> import optax
+        >>> from stam_jax import schedules, stam
+        >>> print(schedules.inertia(0.1))
+        0.999
+        >>> rate = optax.cosine_decay_schedule(0.1, 1000)
+        >>> optimizer = stam(rate, inertia=schedules.inertia(rate, pull=0.02))
+    """
+    _numbers.check("inertia", "learning_rate", learning_rate, finite=True)
+    _numbers.check("inertia", "pull", pull, finite=True, schedule=False)
+    if isinstance(learning_rate, numbers.Real):
+        return max(1.0 - pull * float(learning_rate), 0.0)
+    left = lambda eta: jnp.maximum(1.0 - pull * eta, 0.0)
+    return (lambda count: left(learning_rate(count))) if callable(learning_rate) else left(learning_rate)
 
 
 def linear_to_hard(hard_from: int, *, start: int = 0) -> optax.Schedule:

@@ -80,7 +80,9 @@ def test_both_weights_of_a_lookahead_have_hard_ones():
 
 
 def test_the_float_block_is_projected_and_not_the_relaxed_weights():
-    optimizer = stam(1.0, relaxation=LinearBlend(0.5), quantizer=Binary(scale="tensor"), project="first")
+    optimizer = stam(
+        1.0, relaxation=LinearBlend(0.5), quantizer=Binary(scale="tensor"), project="first", inertia=1.0
+    )
     params = {"kernel": jnp.array([[1.0, 1.0]])}
     state = optimizer.init(params)
     # w = (2, -4), but x leans towards the projection of (1, 1) and keeps its second sign less clearly.

@@ -47,9 +47,25 @@ def test_the_inverse_slope_falls_along_a_sigmoid_from_one_to_zero(steepness):
     assert values[40] == pytest.approx(0.5)
 
 
+@pytest.mark.usefixtures("x64")
+def test_inertia_is_one_less_a_share_of_the_step_size_and_never_negative():
+    rate = lambda k: 0.1 / (k + 1.0)
+    inertia = values_of(schedules.inertia(rate, pull=0.5), range(20))
+    np.testing.assert_allclose(inertia, [1 - 0.05 / (k + 1) for k in range(20)], rtol=1e-12)
+    np.testing.assert_array_equal(
+        values_of(schedules.inertia(lambda k: 1.0 * k, pull=0.5), range(4)), [1, 0.5, 0, 0]
+    )
+    # What is a number stays one, known before anything is traced.
+    assert schedules.inertia(0.5, pull=0.25) == 0.875
+    assert [schedules.inertia(eta, pull=0.5) for eta in (0, 1, 2, 3.0)] == [1, 0.5, 0, 0]
+    assert jax.jit(lambda eta: schedules.inertia(eta, pull=0.5))(1.0) == 0.5
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
+        (lambda: schedules.inertia(-0.1), r"inertia: learning_rate .*-0\.1"),
+        (lambda: schedules.inertia(0.1, pull=-1.0), r"inertia: pull .*-1\.0"),
         (lambda: schedules.geometric(-1.0, growth=2.0), r"geometric: start .*-1\.0"),
         (lambda: schedules.geometric(1.0, growth=-2.0), r"geometric: growth .*-2\.0"),
         (lambda: schedules.geometric(1.0, growth=2.0, every=0), r"geometric: every .*0"),

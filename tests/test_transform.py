@@ -787,6 +787,28 @@ def test_a_mask_of_the_whole_tree_serves_a_part_of_it(mask, part):
     assert list(quantized_leaves(optimizer.init(WHOLE), WHOLE)) == ["a/kernel"]
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("falls", [0.0, 1.0])
+def test_by_default_float_weights_decay_towards_the_relaxed_ones(falls):
+    relax, expected = RELAXATIONS["blend-schedule"]
+    eta = lambda k: 0.1 / (1.0 + falls * k)
+    advance = reference.general(eta, relax=expected, kappa=lambda k: 1 - 0.01 * eta(k), order="last")
+    assert_follows(stam(eta if falls else 0.1, relaxation=relax), advance, eta)
+
+
+@pytest.mark.parametrize("eta", [0.5, 0.05])
+def test_by_default_a_sign_turns_where_the_direction_outweighs_a_hundredth_of_its_scale_at_any_step_size(eta):
+    # One weight of each sign per channel, both 1 in size: the scale stays near that until a sign turns.
+    params = jnp.array([[1.0, 1.0], [-1.0, -1.0]])
+    direction = 0.01 * jnp.array([[0.8, 1.25], [0.0, 0.0]])
+    optimizer = stam(eta, relaxation=Hard(), quantizer=Binary(scale=None))
+    step = lambda carry, _: (helpers.take_step(optimizer, direction, carry[1], carry[0]), None)
+    (params, state), _ = jax.lax.scan(
+        step, (params, helpers.begin(optimizer, params)), length=round(400 / eta)
+    )
+    np.testing.assert_array_equal(jnp.sign(hard_params(state, params)), [[1, -1], [-1, -1]])
+
+
 def test_a_penalty_makes_the_proximal_method():
     # At inertia 1 a penalty would not pull the weights at all, and fade with the step size.
     state = helpers.begin(stam(0.1, penalty=1.0), {"kernel": jnp.ones((2, 2))})

@@ -74,8 +74,8 @@ def stam(
         regularizer_penalty: $\tau$, from 0 to infinity.
         inertia: $\kappa$ in [0, 1], the share of $w - x$ carried over to the next step: 0 is the proximal
             method, 1 the lazy update of BinaryConnect and BinaryRelax. By default 0 with a `penalty`, which
-            at 1 would not pull at all, and otherwise $1 - 0.01\,\eta$, as `schedules.inertia` gives it: a
-            little less than 1 keeps signs from turning with the noise. The number 0 saves the copy of v.
+            at 1 would not pull at all, and otherwise $1/(1 + 0.01\,\eta)$, by `schedules.inertia`: a little
+            less than 1 keeps signs from turning with the noise. The number 0 saves the copy of v.
             Above 0 a step starts from v, not from the parameters: what else moves those, as
             `optax.lookahead` does, is undone.
         project: `"first"`, $y^+ = P_Q(v)$: no noise of this step enters the projection; or `"last"`,

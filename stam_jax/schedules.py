@@ -3,8 +3,6 @@
 Any function of the step count serves wherever this package takes a number, those of Optax too.
 """
 
-import numbers
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -49,11 +47,11 @@ def geometric(start: float, *, growth: float, every: int = 1) -> optax.Schedule:
 def inertia(learning_rate: optax.ScalarOrSchedule, *, pull: float = 0.01) -> optax.ScalarOrSchedule:
     r"""The inertia that leaves a pull towards the relaxed weights in proportion to the step size.
 
-    It is $\kappa = \max(1 - \gamma\eta, 0)$: with it the float weights of `stam` decay towards the relaxed
-    ones, $v^+ = w - \gamma\eta\,(w - x)$, as those of `optax.adamw` decay towards 0. Once the network is
-    hard, a sign changes only where the direction drives it by more than $\gamma\alpha$ on average, with
-    $\alpha$ its scale, whatever the step size is. A fixed $\kappa < 1$ holds signs the harder the smaller
-    the step is.
+    It is $\kappa = 1/(1 + \gamma\eta)$: with it each step of `stam` ends with a proximal step of
+    $(\gamma/2)|v - x|^2$ for the float weights, which decay towards the relaxed ones as those of
+    `optax.adamw` do towards 0. Once the network is hard, the float weights rest at $y - d/\gamma$, and a sign
+    changes only where the direction d outweighs $\gamma\alpha$ on average, with $\alpha$ its scale, whatever
+    the step size is. A fixed $\kappa < 1$ holds signs the harder the smaller the step is.
 
     Args:
         learning_rate: the step size $\eta$, a number or a schedule: that of `stam`.
@@ -68,16 +66,14 @@ def inertia(learning_rate: optax.ScalarOrSchedule, *, pull: float = 0.01) -> opt
     Example:
         >>> import optax
         >>> from stam_jax import schedules, stam
-        >>> print(schedules.inertia(0.1))
-        0.999
+        >>> print(f"{schedules.inertia(0.1):.4f}")
+        0.9990
         >>> rate = optax.cosine_decay_schedule(0.1, 1000)
         >>> optimizer = stam(rate, inertia=schedules.inertia(rate, pull=0.02))
     """
     _numbers.check("inertia", "learning_rate", learning_rate, finite=True)
     _numbers.check("inertia", "pull", pull, finite=True, schedule=False)
-    if isinstance(learning_rate, numbers.Real):
-        return max(1.0 - pull * float(learning_rate), 0.0)
-    left = lambda eta: jnp.maximum(1.0 - pull * eta, 0.0)
+    left = lambda eta: 1.0 / (1.0 + pull * eta)
     return (lambda count: left(learning_rate(count))) if callable(learning_rate) else left(learning_rate)
 
 

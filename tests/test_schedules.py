@@ -48,17 +48,25 @@ def test_the_inverse_slope_falls_along_a_sigmoid_from_one_to_zero(steepness):
 
 
 @pytest.mark.usefixtures("x64")
-def test_inertia_is_one_less_a_share_of_the_step_size_and_never_negative():
+def test_inertia_falls_short_of_one_in_proportion_to_a_small_step_size_and_stays_above_zero():
     rate = lambda k: 0.1 / (k + 1.0)
     inertia = values_of(schedules.inertia(rate, pull=0.5), range(20))
-    np.testing.assert_allclose(inertia, [1 - 0.05 / (k + 1) for k in range(20)], rtol=1e-12)
-    np.testing.assert_array_equal(
-        values_of(schedules.inertia(lambda k: 1.0 * k, pull=0.5), range(4)), [1, 0.5, 0, 0]
-    )
+    np.testing.assert_allclose(1 / inertia - 1, [0.05 / (k + 1) for k in range(20)], rtol=1e-10)
     # What is a number stays one, known before anything is traced.
-    assert schedules.inertia(0.5, pull=0.25) == 0.875
-    assert [schedules.inertia(eta, pull=0.5) for eta in (0, 1, 2, 3.0)] == [1, 0.5, 0, 0]
-    assert jax.jit(lambda eta: schedules.inertia(eta, pull=0.5))(1.0) == 0.5
+    given: list[Any] = [schedules.inertia(eta, pull=0.5) for eta in (0, 2.0, 6, 1e9)]
+    assert given[:3] == [1, 0.5, 0.25]
+    assert 0 < given[3] < 1e-8
+    assert {type(kappa) for kappa in given} == {float}
+    assert jax.jit(lambda eta: schedules.inertia(eta, pull=0.5))(2.0) == 0.5
+
+
+@pytest.mark.usefixtures("x64")
+def test_inertia_is_that_of_a_proximal_step_towards_the_relaxed_weights():
+    eta, pull, w, x = 0.3, 2.0, 1.7, -0.4
+    kappa: Any = schedules.inertia(eta, pull=pull)
+    v = x + kappa * (w - x)
+    # At the minimum of (v - w)^2 / (2 eta) + pull (v - x)^2 / 2 the slope is 0.
+    assert (v - w) / eta + pull * (v - x) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize(

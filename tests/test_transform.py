@@ -792,7 +792,7 @@ def test_a_mask_of_the_whole_tree_serves_a_part_of_it(mask, part):
 def test_by_default_float_weights_decay_towards_the_relaxed_ones(falls):
     relax, expected = RELAXATIONS["blend-schedule"]
     eta = lambda k: 0.1 / (1.0 + falls * k)
-    advance = reference.general(eta, relax=expected, kappa=lambda k: 1 - 0.01 * eta(k), order="last")
+    advance = reference.general(eta, relax=expected, kappa=lambda k: 1 / (1 + 0.01 * eta(k)), order="last")
     assert_follows(stam(eta if falls else 0.1, relaxation=relax), advance, eta)
 
 

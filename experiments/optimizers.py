@@ -1,7 +1,7 @@
 """The methods under comparison, at their settings, as Optax optimisers."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -225,7 +225,8 @@ def _inertial(
     elif settings.anneal_inertia is not None:
         inertia = _annealed(settings, settings.anneal_inertia, steps)
     elif settings.pull:
-        inertia = lambda count: jnp.maximum(settings.inertia - settings.pull * learning_rate(count), 0.0)
+        left = cast(optax.Schedule, stam_jax.schedules.inertia(learning_rate, pull=settings.pull))
+        inertia = lambda count: settings.inertia * left(count)
     method = stam_jax.stam(
         learning_rate,
         relaxation=relaxation,

@@ -225,10 +225,10 @@ def test_each_relaxation_of_stam_is_soft_before_the_hard_phase_and_hard_in_it(re
     ("settings", "arguments"),
     [
         ({"inertia": 0.9}, {"inertia": 0.9}),
-        ({"pull": 2.0}, {"inertia": lambda k: 0.999 - 2.0 * 0.1 * (1 + jnp.cos(jnp.pi * k / 20)) / 2}),
+        ({"pull": 2.0}, {"inertia": lambda k: 0.999 / (1 + 2.0 * 0.1 * (1 + jnp.cos(jnp.pi * k / 20)) / 2)}),
         (
             {"inertia": 0.1, "pull": 2.0},
-            {"inertia": lambda k: jnp.maximum(0.1 - 0.1 * (1 + jnp.cos(jnp.pi * k / 20)), 0)},
+            {"inertia": lambda k: 0.1 / (1 + 0.1 * (1 + jnp.cos(jnp.pi * k / 20)))},
         ),
         ({"project": "first"}, {"project": "first"}),
         ({"box": 0.5}, {"regularizer": stam_jax.Box(0.5)}),

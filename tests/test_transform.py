@@ -798,7 +798,7 @@ def test_by_default_float_weights_decay_towards_the_relaxed_ones(falls):
 
 @pytest.mark.parametrize("eta", [0.5, 0.05])
 def test_by_default_a_sign_turns_where_the_direction_outweighs_a_hundredth_of_its_scale_at_any_step_size(eta):
-    # One weight of each sign per channel, both 1 in size: the scale stays near that until a sign turns.
+    # Without a scale alpha is 1.
     params = jnp.array([[1.0, 1.0], [-1.0, -1.0]])
     direction = 0.01 * jnp.array([[0.8, 1.25], [0.0, 0.0]])
     optimizer = stam(eta, relaxation=Hard(), quantizer=Binary(scale=None))

@@ -52,13 +52,17 @@ def stam(
     $-\eta d$.
 
     With a `penalty` this is proximal STAM: y and z are minimised exactly in turn, and x takes one proximal
-    step along the stochastic gradient. For plain minibatch gradients, constant finite $\rho$ and $\tau$ and a
-    step of order $K^{-1/2}$, the stationarity residual falls below $\varepsilon$ within
-    $K = O(\varepsilon^{-4})$ steps, and the state is a counter. Without a penalty it is inertial STAM, which
-    keeps a float copy of the weights; its default ends hard. With inertia the rate stands as far as what
-    `docs/theory.md` calls flip work stays bounded; growing penalties are covered under conditions; momentum
-    and Adam lie outside. The iteration and the theorems are this project's own formulation of the
-    publication's model and rate, whose own iteration was not available to it.
+    step along the stochastic gradient. For a smooth f, plain minibatch gradients, constant finite $\rho$ and
+    $\tau$ and a step of order $K^{-1/2}$, an iterate drawn at random from $K = O(\varepsilon^{-4})$ steps has
+    an expected stationarity residual of at most $\varepsilon$. The state is a counter.
+
+    Without a penalty it is inertial STAM, which keeps a float copy of the weights; its default ends hard. With
+    inertia and a constant finite $\rho$ the rate stands as far as what `docs/theory.md` calls flip work stays
+    bounded; growing penalties are covered, under conditions, without inertia. The default, which has inertia
+    and grows hard, is covered by neither, nor are momentum and Adam.
+
+    The model as written here, the iteration and the theorems are this project's own, built to fit what the
+    abstract of the publication says. Its equations were not available.
 
     Args:
         learning_rate: the step size $\eta$, at least 0. It, and every other number here, may be a schedule:
@@ -112,7 +116,7 @@ def stam(
 
     References:
         Bian, Liu and Zhang, A stochastic three-block splitting algorithm and its application to quantized
-        deep neural networks, arXiv:2204.11065 (the model and the O(eps^-4) claim).
+        deep neural networks, arXiv:2204.11065 (a model with three blocks, and the O(eps^-4) claim).
     """
     _numbers.check("stam", "learning_rate", learning_rate, finite=True)
     if inertia is None:

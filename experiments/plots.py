@@ -43,7 +43,7 @@ def curves(path: Path, runs: Mapping[Method, Sequence[Metrics]]) -> None:
                 if not is_float:
                     _line(gap, metrics, "quantisation_gap", **style, label=label)
                     _line(flips, metrics, "sign_flips", **style, label=label)
-    accuracy.set(title="Accuracy on validation images", ylim=(_floor(runs), 1.003))
+    accuracy.set(title="Accuracy on validation images", ylim=_accuracy_range(runs))
     accuracy.plot([], [], color="grey", linestyle=":", label="as trained (relaxed)")
     gap.set(title="Quantisation gap |x - y| / |y|")
     flips.set(title="Share of signs changed since the last point")
@@ -61,17 +61,20 @@ def _line(axes: Any, metrics: Metrics, name: str, **style: Any) -> None:
     axes.plot([x for x, _ in points], [y for _, y in points], **style)
 
 
-def _floor(runs: Mapping[Method, Sequence[Metrics]]) -> float:
-    """A lower end for the accuracies that shows the second half of the runs in full."""
-    late = [
-        row[name]
-        for seeds in runs.values()
-        for metrics in seeds
-        for row in metrics[len(metrics) // 2 :]
-        for name in ("relaxed_accuracy", "hard_accuracy")
-        if row[name] is not None
-    ]
-    return max(min(late) - 0.05, 0.0)
+def _accuracy_range(runs: Mapping[Method, Sequence[Metrics]]) -> tuple[float, float]:
+    """Ends for the accuracies: the upper one above all of them, the lower one below the runs' second half."""
+
+    def found(*, late: bool) -> list[float]:
+        return [
+            row[name]
+            for seeds in runs.values()
+            for metrics in seeds
+            for row in metrics[late * len(metrics) // 2 :]
+            for name in ("relaxed_accuracy", "hard_accuracy")
+            if row[name] is not None
+        ]
+
+    return max(min(found(late=True)) - 0.05, 0.0), min(max(found(late=False)) + 0.05, 1.003)
 
 
 def accuracies(path: Path, cells: Mapping[str, Mapping[str, Metrics]]) -> None:

@@ -56,10 +56,10 @@ def stam(
     $\tau$ and a step of order $K^{-1/2}$, an iterate drawn at random from $K = O(\varepsilon^{-4})$ steps has
     an expected stationarity residual of at most $\varepsilon$. The state is a counter.
 
-    Without a penalty it is inertial STAM, which keeps a float copy of the weights; its default ends hard. With
-    inertia and a constant finite $\rho$ the rate stands as far as what `docs/theory.md` calls flip work stays
-    bounded; growing penalties are covered, under conditions, without inertia. The default, which has inertia
-    and grows hard, is covered by neither, nor are momentum and Adam.
+    Without a penalty it is inertial STAM, which keeps a float copy of the weights; its default ends hard.
+    With inertia and a constant finite $\rho$ the rate stands as far as what `docs/theory.md` calls flip work
+    stays bounded; growing penalties are covered, under conditions, without inertia. The default, which has
+    inertia and grows hard, is covered by neither, nor are momentum and Adam.
 
     The model as written here, the iteration and the theorems are this project's own, built to fit what the
     abstract of the publication says. Its equations were not available.

@@ -51,8 +51,8 @@ def inertia(learning_rate: optax.ScalarOrSchedule, *, pull: float = 0.01) -> opt
     $(\gamma/2)|v - x|^2$ for the float weights, which decay towards the relaxed ones as those of
     `optax.adamw` do towards 0. Once the network is hard, the float weights rest at $y - d/\gamma$, and a sign
     changes only where the direction d outweighs $\kappa\gamma\alpha$ on average, with $\alpha$ its scale:
-    all but the same at every step size, $\kappa$ being close to 1. A fixed $\kappa < 1$ holds signs the harder
-    the smaller the step is.
+    all but the same at every step size, $\kappa$ being close to 1. A fixed $\kappa < 1$ holds signs the
+    harder the smaller the step is.
 
     Args:
         learning_rate: the step size $\eta$, a number or a schedule: that of `stam`.

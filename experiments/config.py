@@ -138,7 +138,7 @@ class TrainSettings(Settings):
     anneal_inertia: tuple[Annotated[float, _SHARE], Annotated[float, _SHARE]] | None = None
     """Shares of the run between which 1 - inertia grows by a factor, from 1e-4 at least to 1 (stam)."""
     pull: Annotated[float, _AT_LEAST_0] = 0.0
-    """Penalty that draws float weights to those in use: inertia is over 1 + step size times this (stam)."""
+    """Penalty that draws float weights to those in use: divides inertia by 1 + step size times it (stam)."""
     project: Literal["first", "last"] = "last"
     """Whether the float weights are projected before or after their step (stam)."""
     box: Annotated[float | None, _POSITIVE] = None

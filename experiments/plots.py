@@ -63,18 +63,16 @@ def _line(axes: Any, metrics: Metrics, name: str, **style: Any) -> None:
 
 def _accuracy_range(runs: Mapping[Method, Sequence[Metrics]]) -> tuple[float, float]:
     """Ends for the accuracies: the upper one above all of them, the lower one below the runs' second half."""
-
-    def found(*, late: bool) -> list[float]:
-        return [
-            row[name]
-            for seeds in runs.values()
-            for metrics in seeds
-            for row in metrics[late * len(metrics) // 2 :]
-            for name in ("relaxed_accuracy", "hard_accuracy")
-            if row[name] is not None
-        ]
-
-    return max(min(found(late=True)) - 0.05, 0.0), min(max(found(late=False)) + 0.05, 1.003)
+    lines = [
+        [row[name] for row in metrics if row[name] is not None]
+        for seeds in runs.values()
+        for metrics in seeds
+        for name in ("relaxed_accuracy", "hard_accuracy")
+    ]
+    lines = [line for line in lines if line]
+    lowest = min(min(line[len(line) // 2 :]) for line in lines)
+    highest = max(max(line) for line in lines)
+    return max(lowest - 0.05, 0.0), min(highest + 0.05, 1.003)
 
 
 def accuracies(path: Path, cells: Mapping[str, Mapping[str, Metrics]]) -> None:

@@ -119,10 +119,10 @@ def test_the_page_of_benchmarks_reads_its_table_rightly():
     assert {method for _, method in shares} == {"float", "binary_connect", "stam"}
     for row in rows:
         if row["method"] == "stam":
-            assert 0 < row["optimizer_share"] - shares[row["model"], "float"] < 0.005
+            assert 0 < row["optimizer_share"] - shares[row["model"], "float"] < 0.02 / 3
         if row["method"] != "float":
-            assert row["ratio_to_float_least"] < 0.9
-            assert row["ratio_to_float_most"] > 1.1
+            assert row["ratio_to_float_least"] < 1 < row["ratio_to_float_most"]
+        assert 1.5 < row["optimizer_share_most"] / row["optimizer_share_least"] < 3.2
 
 
 def test_the_page_of_theory_reads_its_tables_rightly():

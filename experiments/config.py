@@ -73,6 +73,8 @@ class Recipe:
     """What the network computes in; its weights and statistics are float32 in any case."""
     epochs: Annotated[int, _COUNT] = 40
     """Passes over the training images."""
+    training_images: Annotated[int | None, _COUNT] = None
+    """How many images to learn from, chosen at random but the same in every run; by default all there are."""
     batch_size: Annotated[int, _COUNT] = 64
     """Images per step, over all devices together."""
     learning_rate: Annotated[float, _POSITIVE] = 0.1

@@ -110,6 +110,15 @@ class Dataset(Images):
     shift: int
     flip: bool
 
+    def with_fewer(self, count: int) -> "Dataset":
+        """The same set with only some images to learn from: the same ones in every run, and among any more.
+
+        Args:
+            count: how many; not more than there are.
+        """
+        chosen = np.sort(np.random.default_rng(0).permutation(self.train.size)[:count])
+        return dataclasses.replace(self, train=Selected(self.train, chosen))
+
     def augment(self, key: jax.Array, images: jax.Array) -> jax.Array:
         """Images moved by a random shift, filled up with zeros, and mirrored where that keeps the label.
 

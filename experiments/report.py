@@ -63,7 +63,9 @@ def _comparisons(results: Path) -> list[Path]:
 def _network(settings: Mapping[str, Any]) -> str:
     """A comparison's network and images, in words."""
     width = "" if settings["width"] == 1 else f" at width {settings['width']:g}"
-    return f"{settings['model']}{width} on {settings['dataset']}"
+    count = settings.get("training_images")  # Results from before there was a choice are of all.
+    images = "" if count is None else f"{count:,} images of "
+    return f"{settings['model']}{width} on {images}{settings['dataset']}"
 
 
 def _scope(settings: Mapping[str, Any]) -> str:
@@ -157,6 +159,7 @@ def _published(results: Path, page: Path) -> Iterator[list[str]]:
             f"{accuracy}, {settings['epochs']} epochs"
             for settings, accuracy in ours
             if settings["width"] == 1
+            and settings.get("training_images") is None
             and all(settings[key] == entry[key] for key in ("model", "dataset", "exclude"))
         ]
         lines.append(

@@ -94,6 +94,13 @@ class Trainer:
     """
 
     def __init__(self, settings: TrainSettings, dataset: Dataset, execution: Execution = _EXECUTION):
+        if (count := settings.training_images) is not None:
+            if count > dataset.train.size:
+                raise SettingsError(
+                    f"--training-images: {settings.dataset} has {dataset.train.size} to learn from; "
+                    f"got {count}."
+                )
+            dataset = dataset.with_fewer(count)
         if settings.batch_size > dataset.train.size:
             raise SettingsError(
                 f"--batch-size: {settings.batch_size} images are more than the "

@@ -567,6 +567,35 @@ def test_a_set_that_is_streamed_is_the_same(name, data_dir):
     np.testing.assert_array_equal(streamed.test.labels, loaded.test.labels)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_fewer_training_images_are_the_same_ones_each_time_and_among_any_more(name, streamed, data_dir):
+    images_of = lambda count: {
+        image.tobytes() for image in _fewer(name, data_dir, streamed, count).at(np.arange(count)).images
+    }
+    everything = images_of(TRAIN - HELD_OUT)
+    assert len(everything) == TRAIN - HELD_OUT
+    assert len(images_of(5)) == 5
+    assert images_of(5) < images_of(6) < everything
+    assert images_of(5) == images_of(5)
+
+
+def test_fewer_training_images_are_streamed_as_they_are_in_memory(name, data_dir):
+    loaded, streamed = (_fewer(name, data_dir, each, 5).at(np.arange(5)) for each in (False, True))
+    np.testing.assert_array_equal(streamed.images, loaded.images)
+    np.testing.assert_array_equal(streamed.labels, loaded.labels)
+
+
+def test_fewer_training_images_leave_the_other_parts_whole(name, data_dir):
+    loaded = data.load(name, data_dir)
+    fewer = loaded.with_fewer(5)
+    assert fewer.train.size == 5
+    assert (fewer.validation, fewer.test) == (loaded.validation, loaded.test)
+
+
+def _fewer(name: DatasetName, data_dir: Path, streamed: bool, count: int) -> data.Records:
+    return data.load(name, data_dir, streamed=streamed).with_fewer(count).train
+
+
 def test_a_set_knows_what_its_release_says(name, data_dir):
     loaded, release = data.load(name, data_dir), RELEASES[name]
     for field in ("classes", "mean", "deviation", "shift", "flip"):

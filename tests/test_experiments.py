@@ -503,6 +503,10 @@ def test_settings_that_do_not_go_together_are_refused(settings, said):
 def test_settings_that_cannot_work_are_refused_before_training(digits):
     with pytest.raises(SettingsError, match="--batch-size: 1198 images are more than the 1197"):
         Trainer(TrainSettings(batch_size=1198), digits)
+    with pytest.raises(SettingsError, match="--training-images: digits has 1197 to learn from; got 1198"):
+        Trainer(TrainSettings(training_images=1198), digits)
+    with pytest.raises(SettingsError, match="--batch-size: 64 images are more than the 63"):
+        Trainer(TrainSettings(training_images=63), digits)
     with pytest.raises(SettingsError, match=r"--exclude: .*'nowhere' matches no leaf"):
         Trainer(TrainSettings(exclude=("nowhere",)), digits)
     with pytest.raises(SettingsError, match="leaves no kernel binary"):
@@ -623,6 +627,16 @@ def test_the_report_sets_the_same_network_in_the_same_scope_beside_what_is_publi
     assert line.startswith("| vgg11 | cifar10 | all kernels but last binary | 89.21 |")
     assert line.endswith("| 85.00 ± 7.07 (2), 3 epochs |")
     assert text.count("| not run |") == 6
+
+
+def test_the_report_tells_results_of_fewer_images_apart(kept):
+    (config,) = kept.glob("*/config.json")
+    config.write_text(json.dumps(SETTINGS | {"training_images": 2500}))
+    assert "### vgg11 on 2,500 images of cifar10, all" in report.updated(
+        _marked("comparisons"), kept.parent / "page.md", kept
+    )
+    text = report.updated(_marked("published"), kept.parent / "page.md", kept)
+    assert text.count("| not run |") == 7
 
 
 def test_a_page_without_marks_is_refused(kept):

@@ -547,6 +547,16 @@ def test_the_picture_is_drawn_for_float_and_binary_runs(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_picture_of_accuracy_ends_above_every_curve_and_below_what_the_second_half_shows():
+    row = lambda relaxed, hard: {"relaxed_accuracy": relaxed, "hard_accuracy": hard}
+    early, late = [row(0.1, 0.1), row(0.7, 0.2)], [row(0.6, 0.4), row(0.6, 0.5)]
+    ends = plots._accuracy_range({"float": [[row(0.3, None), row(0.65, None)]], "stam": [early + late]})
+    assert ends == pytest.approx((0.35, 0.75))
+    ends = plots._accuracy_range({"stam": [[row(0.02, 0.99)]]})
+    assert ends[0] == 0.0
+    assert 1.0 < ends[1] < 1.01, "no room is left above what can be, but for the line itself"
+
+
 def _keep(folder: Path, contents: dict[str, Any]) -> None:
     """Write files of a run as they are kept."""
     folder.mkdir(parents=True)

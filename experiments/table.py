@@ -14,9 +14,9 @@ from experiments.config import METHODS, Execution, TableSettings
 
 MARKDOWN, CSV, PICTURE = "table.md", "table.csv", "table.png"
 _COLUMNS: tuple[str, ...] = (
-    "dataset", "model", "width", "precision", "epochs", "method", "seed", "hard_accuracy", "relaxed_accuracy",
-    "hard_accuracy_running_statistics", "relaxed_accuracy_running_statistics", "binary_share", "bytes_float",
-    "bytes_packed", "seconds",
+    "dataset", "training_images", "model", "width", "precision", "epochs", "method", "seed",
+    "hard_accuracy", "relaxed_accuracy", "hard_accuracy_running_statistics",
+    "relaxed_accuracy_running_statistics", "binary_share", "bytes_float", "bytes_packed", "seconds",
 )  # fmt: skip
 
 

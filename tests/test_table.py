@@ -10,7 +10,10 @@ from experiments.cli import main
 from experiments.config import CompareSettings, SettingsError
 from experiments.training import Trainer
 
-ARGUMENTS = "table --datasets digits --models resnet8 --methods float stam --seeds 2 --epochs 1 --width 0.125"
+ARGUMENTS = (
+    "table --datasets digits --training-images 512 --models resnet8 --methods float stam --seeds 2 --epochs 1"
+    " --width 0.125"
+)
 CELLS = [f"{method}-seed{seed}" for method in ("float", "stam") for seed in (0, 1)]
 
 
@@ -71,6 +74,7 @@ def test_going_on_trains_only_what_is_missing(folder, monkeypatch):
         )
         assert float(row["relaxed_accuracy"]) == kept["relaxed_accuracy"]
         assert (row["dataset"], row["model"], row["width"]) == ("digits", "resnet8", "0.125")
+        assert row["training_images"] == "512"
     assert (folder / "table.png").read_bytes().startswith(b"\x89PNG")
 
 

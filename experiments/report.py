@@ -132,8 +132,9 @@ def _studies(results: Path, page: Path) -> Iterator[list[str]]:
         settings = asked["settings"]
         yield [f"### {asked['question']}"]
         yield [
-            f"{_network(settings)}, {_scope(settings)}, {settings['epochs']} epochs; accuracy in % on the "
-            "validation images, after the last epoch; mean and standard deviation over the seeds."
+            f"{_network(settings)}, {_scope(settings)}, {settings['epochs']} epochs, unless a trial says "
+            "otherwise; accuracy in % on the validation images, after the last epoch; mean and standard "
+            "deviation over the seeds."
         ]
         yield [
             "| trial | hard (binary) | relaxed (as trained) | seeds |",

@@ -48,12 +48,13 @@ def check_each(where: str, *options: tuple[str, Any, float]) -> None:
         check(where, name, value, low=low, finite=True, schedule=False)
 
 
-def check_whole(where: str, name: str, value: Any, *, low: int = 1) -> None:
-    """Raise unless `value` is a whole number of at least `low`."""
+def check_whole(where: str, name: str, value: Any, *, low: int = 1, high: float = math.inf) -> None:
+    """Raise unless `value` is an integer in [low, high]."""
+    expected = f"an integer of at least {low}" if math.isinf(high) else f"an integer from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{where}: {name} must be a whole number of at least {low}; got {value!r}.")
-    if value < low:
-        raise ValueError(f"{where}: {name} must be a whole number of at least {low}; got {value!r}.")
+        raise TypeError(f"{where}: {name} must be {expected}; got {value!r}.")
+    if not low <= int(value) <= high:
+        raise ValueError(f"{where}: {name} must be {expected}; got {value!r}.")
 
 
 def is_fixed_at(value: Any, number: float) -> bool:
@@ -64,3 +65,9 @@ def is_fixed_at(value: Any, number: float) -> bool:
 def at(value: Any, count: jax.typing.ArrayLike) -> Any:
     """The value of a number or schedule at a step count."""
     return value(count) if callable(value) else value
+
+
+def check_has(where: str, name: str, value: Any, *members: str) -> None:
+    """Raise unless the value is an object (not a class) with the members."""
+    if isinstance(value, type) or not all(hasattr(value, member) for member in members):
+        raise TypeError(f"{where}: {name} must be an object with {', '.join(members)}; got {value!r}.")

@@ -1,8 +1,8 @@
-r"""Measures of a run: how far from quantised, how far from stationary, and what flipping signs costs.
+r"""Measures of a run: how far from quantized, how far from stationary, and what flipping signs costs.
 
 The model is $\Phi(x, y, z) = f(x) + g(y) + h(z) + (\rho/2)|x-y|^2 + (\tau/2)|x-z|^2$ of docs/theory.md, at
-$y = P_Q(v)$ and $z = \mathrm{prox}_{h/\tau}(v)$ of the float block v. Without inertia v is x, and these are
-the minima over y and z.
+$y = P_Q(v)$ and $z = \mathrm{prox}_{h/\tau}(v)$ of the latent weights v. Without inertia v is x, and these
+are the minima over y and z.
 """
 
 import functools
@@ -14,21 +14,25 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from stam_jax import _numbers, _state, _trees
-from stam_jax.hard import QuantizedLeaf, quantized_leaves
+from stam_jax import _assignment, _numbers, _paths
+from stam_jax._assignment import Quantizers, quantized_leaves
+from stam_jax._numbers import ScalarOrSchedule
+from stam_jax._splitting import SplittingState, check_state
+from stam_jax.quantizers import Binary, wide
 from stam_jax.regularizers import HasValue, Regularizer
 
 
 @jax.jit
-def _relative_distance(pairs: list[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
-    """|x - y| / |y| over all pairs of x and y, in the dtype of the third of each."""
+def _relative_distance(pairs: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    """|x - y| / |x| over all pairs of x and y."""
     distance = norm = jnp.zeros([], jnp.float32)
-    for x, hard, latent in pairs:
-        y = hard.astype(latent.dtype)
-        distance += jnp.sum(jnp.square(x - y))
-        norm += jnp.sum(jnp.square(y))
-    return jnp.where(distance == 0, 0.0, jnp.sqrt(distance / norm))
+    for x, y in pairs:
+        x = x.astype(wide(x.dtype))
+        distance += jnp.sum(jnp.square(x - y.astype(x.dtype)))
+        norm += jnp.sum(jnp.square(x))
+    return jnp.where(distance == 0, 0.0, jnp.sqrt(distance / jnp.where(norm == 0, 1, norm)))
 
 
 @jax.jit
@@ -38,39 +42,38 @@ def _differing_signs(before: list[jax.Array], after: list[jax.Array]) -> jax.Arr
     return jnp.asarray(sum(map(differ, before, after)), jnp.float32)
 
 
-def quantisation_gap(opt_state: Any, params: Any) -> jax.Array:
-    r"""The relative distance of the relaxed weights from the hard ones, $|x - y| / |y|$.
+def quantization_gap(params: Any, quantizer: Quantizers = Binary()) -> jax.Array:
+    r"""The relative distance of the relaxed weights from the quantized ones, $|x - P_Q(x)| / |x|$.
 
-    The norms run over all quantised leaves together, in float32 at least. 0 says that the network that is
-    trained is the one that is shipped.
+    The norms run over all quantized leaves together, in float32 at least. Rounding alone, some 1e-7 in
+    float32, says that the network that is trained is the one that is shipped.
 
     Args:
-        opt_state: an optimiser state that holds states of `stam`; see `quantized_leaves`.
-        params: the parameters x it belongs to.
+        params: the parameters x.
+        quantizer: what is quantized, and how, as in `stam`.
 
     Returns:
-        A scalar of at least 0; 0 also where both norms are 0.
+        A scalar of at least 0.
 
     Raises:
-        ValueError: as `quantized_leaves`.
+        ValueError, TypeError: as `quantize`.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from stam_jax import quantisation_gap, stam
-        >>> params = {"kernel": jnp.array([[3.0], [1.0]])}
-        >>> print(quantisation_gap(stam(0.1).init(params), params))
-        0.5
+        >>> from stam_jax import diagnostics
+        >>> print(round(float(diagnostics.quantization_gap({"kernel": jnp.array([[3.0], [1.0]])})), 4))
+        0.4472
     """
-    weights = _trees.named_leaves(params)
-    leaves = quantized_leaves(opt_state, params)
-    return _relative_distance([(weights[name], leaf.hard, leaf.latent) for name, leaf in leaves.items()])
+    quantized = quantized_leaves("quantization_gap", quantizer, params)
+    weights = _paths.named_leaves(params)
+    return _relative_distance([(jnp.asarray(weights[path]), y) for path, y in quantized.items()])
 
 
 def sign_flips(before: Any, after: Any) -> jax.Array:
     r"""The share of weights whose sign differs between two trees, with $\mathrm{sign}(0) = +1$.
 
     Args:
-        before: a tree of arrays of real numbers, such as the hard leaves of `quantized_leaves` at one epoch.
+        before: a tree of arrays of real numbers, such as `quantize(params)` at one epoch.
         after: a tree of the same structure and shapes, at a later one.
 
     Returns:
@@ -82,8 +85,8 @@ def sign_flips(before: Any, after: Any) -> jax.Array:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from stam_jax import sign_flips
-        >>> print(sign_flips([jnp.array([1.0, -1.0])], [jnp.array([1.0, 1.0])]))
+        >>> from stam_jax import diagnostics
+        >>> print(diagnostics.sign_flips([jnp.array([1.0, -1.0])], [jnp.array([1.0, 1.0])]))
         0.5
     """
 
@@ -109,13 +112,13 @@ class Terms(NamedTuple):
     Args:
         total: of all three together.
         loss: of f, at the relaxed weights x.
-        quantised: of the pull towards the quantised weights y.
-        constrained: of the regulariser, and of the pull towards its weights z.
+        quantized: of the pull towards the quantized weights y.
+        constrained: of the regularizer, and of the pull towards its weights z.
     """
 
     total: jax.Array
     loss: jax.Array
-    quantised: jax.Array
+    quantized: jax.Array
     constrained: jax.Array
 
 
@@ -139,42 +142,45 @@ def residual(
     penalty: jax.typing.ArrayLike = 0.0,
     regularizer: Regularizer | None = None,
     regularizer_penalty: jax.typing.ArrayLike = math.inf,
+    quantizer: Quantizers = Binary(),
 ) -> Residual:
     r"""The theorem's distance from stationarity, $|R|$ with $R = \nabla f(x) + \rho (x - y) + \tau (x - z)$.
 
     With the full gradient it is what `theory.bound` bounds on average over a run, and without inertia the
     distance of 0 from the subdifferential of $\Phi$ at (x, y, z); with a minibatch's it has that gradient's
     noise on top. The parts do not add up to the whole: they are vectors that may cancel. Leaves that are not
-    quantised count with their gradient alone.
+    quantized count with their gradient alone.
 
     A small residual does not make a good network: every sign pattern with its best scales satisfies the
-    condition on y. Look at the loss or the accuracy of the quantised network beside it.
+    condition on y. Look at the loss or the accuracy of the quantized network beside it.
 
     Args:
         gradients: $\nabla f(x)$, a tree like `params`.
-        opt_state: an optimiser state that holds states of `stam`; see `quantized_leaves`.
+        opt_state: an optimizer state that holds one or more `SplittingState`s, however deep.
         params: the parameters x it belongs to.
-        penalty: $\rho$ of `stam`. With inertia $\kappa$ the pull that is left is $(1 - \kappa)\rho$: give
-            that, 0 for the methods with inertia 1.
-        regularizer: h of `stam`; None for none.
-        regularizer_penalty: $\tau$ of `stam`, finite where there is a regulariser. (A traced infinity gives
-            NaN.)
+        penalty: $\rho$ of `stam_proximal`. With inertia $\kappa$ the pull that is left is $(1 - \kappa)\rho$:
+            give that, 0 for the methods with inertia 1.
+        regularizer: h of `stam_proximal`; None for none.
+        regularizer_penalty: $\tau$ of `stam_proximal`, finite where there is a regularizer. (A traced
+            infinity gives NaN.)
+        quantizer: what is quantized, and how, as in `stam`.
 
     Returns:
         A `Residual`, its numbers in float32 at least.
 
     Raises:
-        ValueError: as `quantized_leaves`; for gradients that do not match the parameters; for a negative
-            or infinite `penalty`; for a regulariser that is enforced exactly, where $\tau$ is infinite.
+        ValueError: as `quantize`; for a state that holds no `SplittingState`, or of other parameters; for
+            gradients that do not match the parameters; for a negative or infinite `penalty`; for a
+            regularizer that is enforced exactly, where $\tau$ is infinite.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from stam_jax import diagnostics, stam
+        >>> from stam_jax import diagnostics, stam_proximal
         >>> params = {"kernel": jnp.array([[3.0], [1.0]])}
-        >>> state = stam(0.1, penalty=2.0).init(params)
+        >>> state = stam_proximal(0.1, penalty=2.0).init(params)
         >>> gradients = {"kernel": jnp.array([[1.0], [2.0]])}
         >>> found = diagnostics.residual(gradients, state, params, penalty=2.0)
-        >>> print(found.whole.total, round(float(found.leaves["kernel"].quantised), 4))
+        >>> print(found.whole.total, round(float(found.leaves["kernel"].quantized), 4))
         3.0 2.8284
 
     References:
@@ -187,8 +193,8 @@ def residual(
             "enforced exactly, and the residual is not defined."
         )
     directions = _matching("residual", gradients, params)
-    points = _points(opt_state, params)
-    weights = _trees.named_leaves(params)
+    points = _points("residual", quantizer, opt_state, params)
+    weights = _paths.named_leaves(params)
     return _residual(weights, directions, points, penalty, regularizer_penalty, regularizer)
 
 
@@ -200,33 +206,36 @@ def objective(
     penalty: jax.typing.ArrayLike = 0.0,
     regularizer: Regularizer | None = None,
     regularizer_penalty: jax.typing.ArrayLike = math.inf,
+    quantizer: Quantizers = Binary(),
 ) -> Terms:
     r"""The objective $\Phi$ and its three terms: $f(x)$, $(\rho/2)|x-y|^2$ and $h(z) + (\tau/2)|x-z|^2$.
 
-    y lies in the quantised set, so its own term g is 0. With $\tau = \infty$ the regulariser acts on x
+    y lies in the quantized set, so its own term g is 0. With $\tau = \infty$ the regularizer acts on x
     itself, z = x. With constant finite penalties, the projection first, and without noise and inertia, it
-    falls at every step of `stam` whose learning rate is at most 1 / L.
+    falls at every step of `stam_proximal` whose learning rate is at most 1 / L.
 
     Args:
         loss: f(x), the loss at `params`, a scalar.
-        opt_state: an optimiser state that holds states of `stam`; see `quantized_leaves`.
+        opt_state: an optimizer state that holds one or more `SplittingState`s, however deep.
         params: the parameters x it belongs to.
-        penalty: $\rho$ of `stam`; with inertia, as in `residual`.
-        regularizer: h of `stam`, with a method `value`; None for none.
-        regularizer_penalty: $\tau$ of `stam`.
+        penalty: $\rho$ of `stam_proximal`; with inertia, as in `residual`.
+        regularizer: h of `stam_proximal`, with a method `value`; None for none.
+        regularizer_penalty: $\tau$ of `stam_proximal`.
+        quantizer: what is quantized, and how, as in `stam`.
 
     Returns:
         The `Terms`, in float32 at least.
 
     Raises:
-        ValueError: as `quantized_leaves`; for a negative or infinite `penalty`.
-        TypeError: for a regulariser without `value`.
+        ValueError: as `quantize`; for a state that holds no `SplittingState`, or of other parameters; for a
+            negative or infinite `penalty`.
+        TypeError: for a regularizer without `value`.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from stam_jax import diagnostics, stam
+        >>> from stam_jax import diagnostics, stam_proximal
         >>> params = {"kernel": jnp.array([[3.0], [1.0]])}
-        >>> state = stam(0.1, penalty=2.0).init(params)
+        >>> state = stam_proximal(0.1, penalty=2.0).init(params)
         >>> print(*diagnostics.objective(0.5, state, params, penalty=2.0))
         2.5 0.5 2.0 0.0
 
@@ -235,9 +244,9 @@ def objective(
     """
     _check_model("objective", penalty, regularizer, regularizer_penalty)
     if regularizer is not None:
-        _state.check_has("objective", "regularizer", regularizer, "prox", "value")
-    points = _points(opt_state, params)
-    weights = _trees.named_leaves(params)
+        _numbers.check_has("objective", "regularizer", regularizer, "prox", "value")
+    points = _points("objective", quantizer, opt_state, params)
+    weights = _paths.named_leaves(params)
     return _objective(loss, weights, points, penalty, regularizer_penalty, regularizer)
 
 
@@ -250,20 +259,23 @@ def flip_work(
     learning_rate: jax.typing.ArrayLike,
     penalty: jax.typing.ArrayLike,
     inertia: jax.typing.ArrayLike = 0.0,
+    quantizer: Quantizers = Binary(),
 ) -> jax.Array:
-    r"""What it cost to move the quantised weights in one step, $J_k$ of the theorem with inertia.
+    r"""What it cost to move the quantized weights in one step, $J_k$ of the theorem with inertia.
 
-    With $\tilde\rho = (1 - \kappa)\rho$, $\hat\eta = \eta / (1 + \eta\rho)$ and the quantised weights
+    With $\tilde\rho = (1 - \kappa)\rho$, $\hat\eta = \eta / (1 + \eta\rho)$ and the quantized weights
     $q_k = P_Q(v_k)$, let $M(x, q) = f(x) + (\tilde\rho/2)|x - q|^2$. The gradient and the pull alone would
     have led to $x' = x_k - \hat\eta\,(d_k + \tilde\rho\,(x_k - q_k))$. What is left of the step comes of
     new signs and scales:
 
     $$J_k = M(x_{k+1}, q_{k+1}) - M(x', q_k).$$
 
-    With plain gradients, constant numbers and no regulariser, `theory.bound` bounds the residual once the
-    sum of $J_k$ over the run is added to its `decrease`, for every inertia and either order of projection.
-    Without inertia, and with `project="first"`, no $J_k$ is positive. A negative sum says that carrying the
-    weights along as signs flip paid for itself. It takes two losses, whose difference has their rounding.
+    The iteration is `three_block_splitting` behind plain gradients, with the relaxation
+    `SquaredDistance(learning_rate * penalty)`. With constant numbers and no regularizer, `theory.bound`
+    bounds the residual once the sum of $J_k$ over the run is added to its `decrease`, for every inertia and
+    either order of projection. Without inertia, and with `project="first"`, no $J_k$ is positive. A negative
+    sum says that carrying the weights along as signs flip paid for itself. It takes two losses, whose
+    difference has their rounding.
 
     Args:
         loss: f, a function of the parameters to a scalar, on the data that matter; the same function object
@@ -271,32 +283,38 @@ def flip_work(
         gradients: $d_k$, the stochastic gradient that the step was taken with, a tree like the parameters.
         before: `(opt_state, params)` before the step.
         after: `(opt_state, params)` after it.
-        learning_rate: $\eta$ of `stam`.
-        penalty: $\rho$ of `stam`.
-        inertia: $\kappa$ of `stam`.
+        learning_rate: $\eta$ of `stam_proximal`.
+        penalty: $\rho$ of `stam_proximal`.
+        inertia: $\kappa$.
+        quantizer: what is quantized, and how, as in `stam`.
 
     Returns:
         $J_k$, a scalar.
 
     Raises:
-        ValueError: as `quantized_leaves`; for gradients that do not match the parameters, or a number out of
-            range.
+        ValueError: as `quantize`; for a state that holds no `SplittingState`, or of other parameters; for
+            gradients that do not match the parameters, or a number out of range.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
-        >>> from stam_jax import diagnostics, stam
-        >>> loss = lambda w: jnp.sum((w + 1.0) ** 2)
-        >>> settings = {"learning_rate": 0.25, "penalty": 2.0, "inertia": 1.0}
-        >>> optimizer = stam(**settings)
-        >>> params = jnp.array([[0.5], [-2.0]])
+        >>> from stam_jax import Binary, diagnostics, relaxations, three_block_splitting
+        >>> loss = lambda params: jnp.sum((params["kernel"] + 1.0) ** 2)
+        >>> relaxation = relaxations.SquaredDistance(0.25 * 2.0)
+        >>> optimizer = three_block_splitting(
+        ...     optax.sgd(0.25), quantizer=Binary(), relaxation=relaxation, inertia=1.0
+        ... )
+        >>> params = {"kernel": jnp.array([[0.5], [-2.0]])}
         >>> state = optimizer.init(params)
         >>> work = 0.0
         >>> for _ in range(20):
         ...     before, gradients = (state, params), jax.grad(loss)(params)
         ...     updates, state = optimizer.update(gradients, state, params)
         ...     params = optax.apply_updates(params, updates)
-        ...     work += diagnostics.flip_work(loss, gradients, before, (state, params), **settings)
-        >>> print(work < 0, jnp.sign(params).T)
+        ...     after = (state, params)
+        ...     work += diagnostics.flip_work(
+        ...         loss, gradients, before, after, learning_rate=0.25, penalty=2.0, inertia=1.0
+        ...     )
+        >>> print(work < 0, jnp.sign(params["kernel"]).T)
         True [[-1. -1.]]
 
     References:
@@ -306,7 +324,7 @@ def flip_work(
     _numbers.check("flip_work", "penalty", penalty, finite=True, schedule=False)
     _numbers.check("flip_work", "inertia", inertia, high=1.0, schedule=False)
     directions = _matching("flip_work", gradients, before[1])
-    states = [_points(*pair) for pair in (before, after)]
+    states = [_points("flip_work", quantizer, *pair) for pair in (before, after)]
     return _flip_work(before[1], after[1], directions, *states, learning_rate, penalty, inertia, loss)
 
 
@@ -316,14 +334,14 @@ def effective_step(
     penalty: jax.typing.ArrayLike = 0.0,
     regularizer_penalty: jax.typing.ArrayLike = 0.0,
 ) -> Any:
-    r"""How far proximal `stam` moves x along the residual, $\hat\eta = \eta / (1 + \eta (\rho + \tau))$.
+    r"""How far `stam_proximal` moves x along the residual, $\hat\eta = \eta / (1 + \eta (\rho + \tau))$.
 
     $\eta \le 1/L$ gives $\hat\eta \le 1/(L + \rho + \tau)$: the penalties never limit the learning rate.
 
     Args:
-        learning_rate: $\eta$ of `stam`.
-        penalty: $\rho$ of `stam`.
-        regularizer_penalty: $\tau$ of `stam`; 0 without a regulariser.
+        learning_rate: $\eta$ of `stam_proximal`.
+        penalty: $\rho$ of `stam_proximal`.
+        regularizer_penalty: $\tau$ of `stam_proximal`; 0 without a regularizer.
 
     Returns:
         $\hat\eta$, a Python number of Python numbers and an array of arrays; they are not checked.
@@ -337,19 +355,38 @@ def effective_step(
 
 
 class _Point(NamedTuple):
-    """Where one quantised leaf stands: the float block v, and y, its projection."""
+    """Where one quantized leaf stands: the latent weights v, and y, its projection."""
 
     v: jax.Array
     y: jax.Array
 
 
-def _points(opt_state: Any, params: Any) -> dict[str, _Point]:
-    """Where every quantised leaf stands, by name."""
+def _points(where: str, quantizer: Quantizers, opt_state: Any, params: Any) -> dict[str, _Point]:
+    """Where every quantized leaf stands, by path."""
+    v = latent_weights(where, quantizer, opt_state, params)
+    quantizers = _assignment.chosen(where, quantizer, params)
+    return {path: _Point(v[path], _assignment.project(q, v[path])) for path, q in quantizers.items()}
 
-    def point(leaf: QuantizedLeaf) -> _Point:
-        return _Point(leaf.latent, leaf.hard.astype(leaf.latent.dtype))
 
-    return {name: point(leaf) for name, leaf in quantized_leaves(opt_state, params).items()}
+def latent_weights(where: str, quantizer: Quantizers, opt_state: Any, params: Any) -> dict[str, jax.Array]:
+    """The latent weights of each quantized leaf, by path: the parameters themselves without inertia."""
+    _assignment.check_quantizer(where, quantizer)
+    is_state = lambda node: isinstance(node, SplittingState)
+    states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
+    if not states:
+        raise ValueError(
+            f"{where}: opt_state holds no SplittingState: it must be that of stam or of one of its relatives."
+        )
+    weights = {path: jnp.asarray(leaf) for path, leaf in _paths.named_leaves(params).items()}
+    latent = {path: leaf for state in states for path, leaf in _paths.named_leaves(state.latent).items()}
+    for path, leaf in latent.items():
+        if path not in weights or leaf.shape != weights[path].shape:
+            has = f"shape {weights[path].shape}" if path in weights else "no such leaf"
+            raise ValueError(
+                f"{where}: opt_state holds the leaf {path!r} of shape {leaf.shape}; params have {has}."
+            )
+    quantizers = _assignment.chosen(where, quantizer, params)
+    return {path: latent.get(path, weights[path].astype(wide(weights[path].dtype))) for path in quantizers}
 
 
 def _is_traced(value: Any) -> bool:
@@ -358,30 +395,19 @@ def _is_traced(value: Any) -> bool:
 
 
 def _check_model(where: str, penalty: Any, regularizer: Any, regularizer_penalty: Any) -> None:
-    """Raise for penalties out of range, or something else for a regulariser."""
+    """Raise for penalties out of range, or something else for a regularizer."""
     for name, value in (("penalty", penalty), ("regularizer_penalty", regularizer_penalty)):
         # The value of an array is known here, but inside jit.
         known = np.asarray(value) if isinstance(value, jax.Array) and not _is_traced(value) else value
         _numbers.check(where, name, known, finite=name == "penalty", schedule=False)
     if regularizer is not None:
-        _state.check_has(where, "regularizer", regularizer, "prox")
+        _numbers.check_has(where, "regularizer", regularizer, "prox")
 
 
 def _matching(where: str, gradients: Any, params: Any) -> dict[str, jax.Array]:
-    """The gradients by name, once they are seen to have the leaves of the parameters."""
-    weights, directions = _trees.named_leaves(params), _trees.named_leaves(gradients)
-    shapes = [{name: jnp.shape(leaf) for name, leaf in leaves.items()} for leaves in (weights, directions)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"{where}: gradients must have the leaves of params, in shape too: {_shapes(weights)}; "
-            f"got {_shapes(directions)}."
-        )
-    return directions
-
-
-def _shapes(leaves: dict[str, jax.Array]) -> str:
-    """Names with their shapes, for errors."""
-    return ", ".join(f"{name} {jnp.shape(leaf)}" for name, leaf in leaves.items())
+    """The gradients by path, once they are seen to have the leaves of the parameters."""
+    _paths.check_alike(where, gradients, "gradients", params)
+    return _paths.named_leaves(gradients)
 
 
 def _constrained(v: jax.Array, tau: Any, regularizer: Regularizer) -> jax.Array:
@@ -414,7 +440,7 @@ def _residual(
 
     def squares(name: str) -> Terms:
         x = jnp.asarray(weights[name])
-        x = x.astype(_state.wide(x))
+        x = x.astype(wide(x.dtype))
         d = gradients[name].astype(x.dtype)
         pull = bounded = jnp.zeros_like(x)
         if name in points:
@@ -439,10 +465,10 @@ def _objective(
     regularizer: HasValue | None,
 ) -> Terms:
     """The terms of the objective."""
-    quantised = constrained = jnp.zeros([], jnp.float32)
+    quantized = constrained = jnp.zeros([], jnp.float32)
     for name, (v, y) in points.items():
         x = weights[name].astype(v.dtype)
-        quantised += rho / 2 * _square(x - y)
+        quantized += rho / 2 * _square(x - y)
         if regularizer is not None:
             z = _constrained(v, tau, regularizer)
             coupling = jnp.where(jnp.isinf(tau), 0.0, tau)
@@ -450,8 +476,8 @@ def _objective(
             value = jnp.where(jnp.isinf(tau), regularizer.value(weights[name]), regularizer.value(z))
             constrained += value + coupling / 2 * jnp.where(jnp.isinf(tau), 0.0, _square(x - z))
     loss = jnp.asarray(loss)
-    loss = loss.astype(_state.wide(loss))
-    return Terms(loss + quantised + constrained, loss, quantised, constrained)
+    loss = loss.astype(wide(loss.dtype))
+    return Terms(loss + quantized + constrained, loss, quantized, constrained)
 
 
 @functools.partial(jax.jit, static_argnames="loss")
@@ -466,10 +492,10 @@ def _flip_work(
     kappa: jax.typing.ArrayLike,
     loss: Callable[[Any], jax.Array],
 ) -> jax.Array:
-    """The cost of moving the quantised weights, and x along with them."""
+    """The cost of moving the quantized weights, and x along with them."""
     pull = (1 - kappa) * rho
     moved = effective_step(eta, penalty=rho)
-    arrived = _trees.named_leaves(new_weights)
+    arrived = _paths.named_leaves(new_weights)
 
     def alone(name: str, x: jax.Array) -> jax.Array:
         if name not in points:
@@ -477,7 +503,131 @@ def _flip_work(
         return (x - moved * (gradients[name] + pull * (x - points[name].y))).astype(x.dtype)
 
     def merit(params: Any, at: dict[str, _Point]) -> jax.Array:
-        leaves = _trees.named_leaves(params)
+        leaves = _paths.named_leaves(params)
         return loss(params) + pull / 2 * sum(_square(leaves[name] - point.y) for name, point in at.items())
 
-    return merit(new_weights, new_points) - merit(_trees.map_named(alone, weights), points)
+    return merit(new_weights, new_points) - merit(_paths.map_named(alone, weights), points)
+
+
+class StepRecord(NamedTuple):
+    """What one step did; every field NaN before the first.
+
+    Args:
+        residual: |R| at the point that the step left, with the updates that came in for the gradient.
+        gap: the `quantization_gap` at the point that the step reached.
+        flips: the share of quantized weights whose sign the step changed.
+        moved: the norm of the update of all parameters.
+    """
+
+    residual: jax.Array
+    gap: jax.Array
+    flips: jax.Array
+    moved: jax.Array
+
+
+class RecordState(NamedTuple):
+    """The state of `record`.
+
+    Args:
+        count: the steps taken so far, an int32 scalar.
+        diagnostics: of the last step that was recorded.
+        inner: the state of the optimizer inside.
+    """
+
+    count: jax.Array
+    diagnostics: StepRecord
+    inner: Any
+
+
+def record(
+    optimizer: optax.GradientTransformation,
+    *,
+    penalty: ScalarOrSchedule = 0.0,
+    regularizer: Regularizer | None = None,
+    regularizer_penalty: ScalarOrSchedule = math.inf,
+    every: int = 1,
+    quantizer: Quantizers = Binary(),
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that leaves in its state what each of its steps did.
+
+    The updates are those of the optimizer inside, unchanged. Put it around the whole chain, so that the
+    residual is that of the gradient and not of what momentum made of it; and read
+    `optax.tree.get(opt_state, "diagnostics")`, under jit and scan too. A recorded step costs two projections
+    and a few passes over the weights. Put it inside `optax.MultiSteps`, to record whole steps.
+
+    Args:
+        optimizer: `stam` or one of its relatives around an optimizer, or a chain that ends in one.
+        penalty: the pull towards the quantized weights, as in `diagnostics.residual`; it and
+            `regularizer_penalty` may be schedules, read at the step count of this transform.
+        regularizer: h, as in `diagnostics.residual`.
+        regularizer_penalty: as in `diagnostics.residual`.
+        every: record the first step of so many; the others keep the last record, and cost nothing but under
+            `vmap`.
+        quantizer: what is quantized, and how, as in `stam`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` whose state is a `RecordState`.
+
+    Raises:
+        ValueError: for a number out of range; in `init`, for an optimizer without a `SplittingState`.
+        TypeError: for an argument of the wrong kind, such as a fraction for `every`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from stam_jax import diagnostics, stam_proximal
+        >>> optimizer = diagnostics.record(stam_proximal(0.1, penalty=2.0), penalty=2.0)
+        >>> params = {"kernel": jnp.array([[0.2], [-0.2]])}
+        >>> state = optimizer.init(params)
+        >>> updates, state = optimizer.update({"kernel": jnp.array([[9.0], [0.0]])}, state, params)
+        >>> found = optax.tree.get(state, "diagnostics")
+        >>> print(found.residual, found.flips)
+        9.0 0.5
+    """
+    where = "record"
+    _assignment.check_quantizer(where, quantizer)
+    _numbers.check_has(where, "optimizer", optimizer, "init", "update")
+    _numbers.check(where, "penalty", penalty, finite=True)
+    _numbers.check(where, "regularizer_penalty", regularizer_penalty)
+    _numbers.check_whole(where, "every", every)
+    if regularizer is not None:
+        _numbers.check_has(where, "regularizer", regularizer, "prox")
+        if _numbers.is_fixed_at(regularizer_penalty, math.inf):
+            raise ValueError(f"{where}: regularizer_penalty must be finite where there is a regularizer.")
+    chain = optax.with_extra_args_support(optimizer)
+
+    def measured(
+        state: RecordState, inner: Any, params: Any, updates: Any, moves: Any, rho: Any, tau: Any
+    ) -> Any:
+        model = {"regularizer": regularizer, "regularizer_penalty": tau, "quantizer": quantizer}
+        left = residual(updates, state.inner, params, penalty=rho, **model)
+        reached = optax.apply_updates(params, moves)
+        signs = (_points(where, quantizer, *pair) for pair in ((state.inner, params), (inner, reached)))
+        found = StepRecord(
+            residual=left.whole.total,
+            gap=quantization_gap(reached, quantizer),
+            flips=sign_flips(*({path: point.y for path, point in points.items()} for points in signs)),
+            moved=optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)), moves)),
+        )
+        return jax.tree.map(lambda number: number.astype(jnp.float32), found)
+
+    # Compiled once, also where the steps themselves are not.
+    @jax.jit
+    def record(state: RecordState, *reached: Any) -> StepRecord:
+        kept = lambda state, *_: state.diagnostics
+        return jax.lax.cond(state.count % every == 0, measured, kept, state, *reached)
+
+    def init(params: Any) -> RecordState:
+        inner = chain.init(params)
+        latent_weights(where, quantizer, inner, params)  # Raises where there is nothing to measure.
+        nothing = StepRecord(*(jnp.full([], jnp.nan, jnp.float32) for _ in StepRecord._fields))
+        return RecordState(jnp.zeros([], jnp.int32), nothing, inner)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, RecordState]:
+        check_state(where, state, RecordState)
+        moves, inner = chain.update(updates, state.inner, params, **extra_args)
+        pulls = _numbers.at(penalty, state.count), _numbers.at(regularizer_penalty, state.count)
+        recorded = record(state, inner, params, updates, moves, *pulls)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return moves, RecordState(count, recorded, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)

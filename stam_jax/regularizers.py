@@ -1,6 +1,6 @@
-"""Regularisers h of the constrained block z, each given by its prox.
+"""Regularizers h of the constrained block z, each given by its prox.
 
-A regulariser is any hashable object with one method, `prox(v, step)`, the minimiser over u of
+A regularizer is any hashable object with one method, `prox(v, step)`, the minimizer over u of
 `h(u) + |u - v|^2 / (2 step)`. One that also has `value(z)`, h itself, can be part of an objective that is
 measured.
 """
@@ -15,16 +15,16 @@ from stam_jax import _numbers
 
 
 class Regularizer(Protocol):
-    """What the engine asks of a regulariser; any hashable object with this method serves."""
+    """What the iteration asks of a regularizer; any hashable object with this method serves."""
 
     def prox(self, v: jax.Array, step: jax.typing.ArrayLike) -> jax.Array:
-        """The minimiser over u of h(u) + |u - v|^2 / (2 step), in the shape and dtype of v."""
+        """The minimizer over u of h(u) + |u - v|^2 / (2 step), in the shape and dtype of v."""
         ...
 
 
 @runtime_checkable
 class HasValue(Regularizer, Protocol):
-    """A regulariser that can say what it costs; `diagnostics.objective` asks for it."""
+    """A regularizer that can say what it costs; `diagnostics.objective` asks for it."""
 
     def value(self, z: jax.Array) -> jax.Array:
         """h(z), a scalar of at least 0, infinite where z is not allowed; in float32 at least."""
@@ -43,7 +43,7 @@ class Box:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from stam_jax import Box
+        >>> from stam_jax.regularizers import Box
         >>> print(Box(1.0).prox(jnp.array([-3.0, 0.5]), step=0.1))
         [-1.   0.5]
 
@@ -80,7 +80,7 @@ class Ridge:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from stam_jax import Ridge
+        >>> from stam_jax.regularizers import Ridge
         >>> print(Ridge(2.0).prox(jnp.array([3.0]), step=0.25))
         [2.]
     """
@@ -121,7 +121,7 @@ class L1:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from stam_jax import L1
+        >>> from stam_jax.regularizers import L1
         >>> print(L1(2.0).prox(jnp.array([3.0, -0.1]), step=0.25))
         [ 2.5 -0. ]
     """
@@ -153,7 +153,7 @@ class GroupLasso:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from stam_jax import GroupLasso
+        >>> from stam_jax.regularizers import GroupLasso
         >>> print(GroupLasso(2.5).prox(jnp.array([[3.0, 0.1], [4.0, 0.1]]), step=1.0))
         [[1.5 0. ]
          [2.  0. ]]

@@ -1,41 +1,46 @@
-"""Relaxations: how far the weights x that a network runs on are drawn from float to quantised.
+"""Relaxations: the maps from float weights w and quantized weights y to the relaxed weights x.
 
 A relaxation is any hashable object with one method, `at(count)`, which returns the map of that step: a
-function of the float weights w, their projection y, an array of the same shape, and `levels`, that gives x.
-Whatever depends on the step alone is so worked out once, not for every leaf. Most maps need no more than w
-and y; one that does calls `levels()`, for the values that each weight could take: an array in ascending order
-along its first axis, whose other axes broadcast against w.
+function (w, y, levels) -> x of the float weights, their nearest levels, and all levels in ascending order,
+arrays that broadcast against w. Whatever depends on the step alone is so computed once, not for every leaf.
 """
 
 import dataclasses
-import math
+import itertools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from stam_jax import _numbers
 from stam_jax._numbers import ScalarOrSchedule
+from stam_jax.quantizers import Levels
 from stam_jax.regularizers import soft_threshold
 
-Levels = Callable[[], jax.Array]
 RelaxationMap = Callable[[jax.Array, jax.Array, Levels], jax.Array]
 
 
 class Relaxation(Protocol):
-    """What the engine asks of a relaxation; any hashable object with this method serves."""
+    """What the iteration asks of a relaxation; any hashable object with this method serves."""
 
     def at(self, count: jax.typing.ArrayLike) -> RelaxationMap:
         """The map (w, y, levels) -> x of step `count`."""
         ...
 
 
+def shares(lam: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """What the prox of the squared distance of a strength keeps of w, and takes of y: they add up to 1."""
+    share_w = 1 / (1 + jnp.asarray(lam))
+    # lam / (1 + lam), which keeps its digits where lam is small, and is 1 where lam is huge or infinite.
+    return share_w, jnp.where(lam < 1, jnp.minimum(lam, 1) * share_w, 1 / (1 + 1 / jnp.maximum(lam, 1.0)))
+
+
 @dataclasses.dataclass(frozen=True)
 class SquaredDistance:
     r"""BinaryRelax's map $x = (w + \lambda y)/(1 + \lambda)$, the prox of the squared distance to Q.
 
-    It minimises $|u - w|^2/2 + (\lambda/2)|u - y|^2$ over u. $\lambda = \infty$ is the hard network, x = y.
+    It minimizes $|u - w|^2/2 + (\lambda/2)|u - y|^2$ over u. $\lambda = \infty$ is the hard network, x = y.
 
     Args:
         lam: the strength, from 0 (float) to infinity (hard); a number or a schedule of the step count.
@@ -45,7 +50,7 @@ class SquaredDistance:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from stam_jax import SquaredDistance
+        >>> from stam_jax.relaxations import SquaredDistance
         >>> relax = SquaredDistance(lam=3.0).at(0)
         >>> print(relax(jnp.array([0.2, -1.8]), jnp.array([1.0, -1.0]), None))
         [ 0.8 -1.2]
@@ -61,29 +66,26 @@ class SquaredDistance:
 
     def at(self, count: jax.typing.ArrayLike) -> RelaxationMap:
         """The map (w, y, levels) -> x of step `count`."""
-        lam = _numbers.at(self.lam, count)
-        share_w = 1 / (1 + jnp.asarray(lam))
-        # lam / (1 + lam), which keeps its digits where lam is small, and is 1 where lam is huge or infinite.
-        share_y = jnp.where(lam < 1, lam * share_w, 1 / (1 + 1 / jnp.maximum(lam, 1.0)))
+        share_w, share_y = shares(_numbers.at(self.lam, count))
         return lambda w, y, levels: share_w * w + share_y * y
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearBlend:
-    r"""The straight line from float to quantised, $x = (1 - \theta) w + \theta y$.
+    r"""The straight line from float to quantized, $x = (1 - \theta) w + \theta y$.
 
-    The same segment as `SquaredDistance`, with $\theta = \lambda/(1+\lambda)$, parametrised so that a linear
+    The same segment as `SquaredDistance`, with $\theta = \lambda/(1+\lambda)$, parametrized so that a linear
     schedule moves x at an even pace and reaches the hard network, $\theta = 1$, in finite time.
 
     Args:
-        theta: the quantised share, from 0 (float) to 1 (hard); a number or a schedule of the step count.
+        theta: the quantized share, from 0 (float) to 1 (hard); a number or a schedule of the step count.
 
     Raises:
         ValueError: if `theta` is a number outside [0, 1].
 
     Example:
         >>> import jax.numpy as jnp, optax
-        >>> from stam_jax import LinearBlend
+        >>> from stam_jax.relaxations import LinearBlend
         >>> blend = LinearBlend(theta=optax.linear_schedule(0.0, 1.0, transition_steps=100))
         >>> print(blend.at(25)(jnp.array([0.2]), jnp.array([1.0]), None))
         [0.4]
@@ -104,7 +106,7 @@ class LinearBlend:
 class L1Distance:
     r"""ProxQuant's map, the prox of the l1 distance to Q: $x = y + \mathrm{soft}(w - y, \lambda)$.
 
-    For w in the cell of y it minimises $|u - w|^2/2 + \lambda\,|u - P_Q(u)|_1$ over u, with the scales of Q
+    For w in the cell of y it minimizes $|u - w|^2/2 + \lambda\,|u - P_Q(u)|_1$ over u, with the scales of Q
     held at those of y: the W-shaped penalty. Weights closer to Q than $\lambda$ are set to it exactly.
 
     Args:
@@ -116,7 +118,7 @@ class L1Distance:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from stam_jax import L1Distance
+        >>> from stam_jax.relaxations import L1Distance
         >>> relax = L1Distance(lam=0.5).at(0)
         >>> print(relax(jnp.array([0.25, -1.75, 0.75]), jnp.array([1.0, -1.0, 1.0]), None))
         [ 0.75 -1.25  1.  ]
@@ -138,10 +140,10 @@ class L1Distance:
 
 @dataclasses.dataclass(frozen=True)
 class Hard:
-    """No relaxation: the network runs on the quantised weights, x = y.
+    """No relaxation: the network runs on the quantized weights, x = y.
 
     Example:
-        >>> from stam_jax import Hard
+        >>> from stam_jax.relaxations import Hard
         >>> Hard().at(0)(0.3, 1.0, None)
         1.0
     """
@@ -165,7 +167,7 @@ class HardFrom:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from stam_jax import HardFrom, SquaredDistance
+        >>> from stam_jax.relaxations import HardFrom, SquaredDistance
         >>> relaxation = HardFrom(SquaredDistance(lam=1.0), step=100)
         >>> w, y = jnp.array([0.5]), jnp.array([1.0])
         >>> print(relaxation.at(99)(w, y, None), relaxation.at(100)(w, y, None))
@@ -193,7 +195,7 @@ class PiecewiseAffine:
 
     For w between the levels $q_k$ and $q_{k+1}$, $m$ halfway between them,
     $x = \mathrm{clip}(m + (w - m)/s,\ q_k,\ q_{k+1})$, and w beyond the outermost levels goes to those. For
-    binary weights that is $\mathrm{clip}(w/s, -\alpha, \alpha)$, a hard tanh. It minimises over u between the
+    binary weights that is $\mathrm{clip}(w/s, -\alpha, \alpha)$, a hard tanh. It minimizes over u between the
     outermost levels $|u - w|^2/2 + (1 - s)/2 \cdot (u - q_k)(q_{k+1} - u)$, a penalty that vanishes at the
     levels. s = 0 is the hard network, x = y.
 
@@ -205,10 +207,10 @@ class PiecewiseAffine:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from stam_jax import Binary, PiecewiseAffine
-        >>> w, quantizer = jnp.array([0.2, -0.1, 3.0]), Binary(scale=None)
+        >>> from stam_jax.relaxations import PiecewiseAffine
+        >>> w, y = jnp.array([0.2, -0.1, 3.0]), jnp.array([1.0, -1.0, 1.0])
         >>> relax = PiecewiseAffine(inverse_slope=0.5).at(0)
-        >>> print(relax(w, quantizer.project(w), lambda: quantizer.levels(w)))
+        >>> print(relax(w, y, (-jnp.ones(1), jnp.ones(1))))
         [ 0.4 -0.2  1. ]
 
     References:
@@ -225,7 +227,7 @@ class PiecewiseAffine:
         inverse_slope = jnp.asarray(_numbers.at(self.inverse_slope, count))
         slope = 1 / jnp.maximum(inverse_slope, 1e-30)
         step = lambda t, half: jnp.clip(slope * t, -half, half)
-        return lambda w, y, levels: jnp.where(inverse_slope > 0, _staircase(w, levels(), step), y)
+        return lambda w, y, levels: jnp.where(inverse_slope > 0, _staircase(w, levels, step), y)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,10 +246,10 @@ class ScaledTanh:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from stam_jax import Binary, ScaledTanh
-        >>> w, quantizer = jnp.array([0.5, -0.25, 3.0]), Binary(scale=None)
+        >>> from stam_jax.relaxations import ScaledTanh
+        >>> w, y = jnp.array([0.5, -0.25, 3.0]), jnp.array([1.0, -1.0, 1.0])
         >>> relax = ScaledTanh(beta=2.0).at(0)
-        >>> print(relax(w, quantizer.project(w), lambda: quantizer.levels(w)).round(3))
+        >>> print(relax(w, y, (-jnp.ones(1), jnp.ones(1))).round(3))
         [ 0.762 -0.462  1.   ]
 
     References:
@@ -267,26 +269,15 @@ class ScaledTanh:
         def step(t: jax.Array, half: jax.Array) -> jax.Array:
             return jnp.where(half == 0, 0, half * jnp.tanh(steep * t / jnp.where(half == 0, 1, half)))
 
-        return lambda w, y, levels: jnp.where(jnp.isinf(beta), y, _staircase(w, levels(), step))
+        return lambda w, y, levels: jnp.where(jnp.isinf(beta), y, _staircase(w, levels, step))
 
 
-def _staircase(
-    w: jax.Array, levels: jax.Array, step: Callable[[jax.Array, jax.Array], jax.Array]
-) -> jax.Array:
-    """The sum of a step per gap between neighbouring levels.
+def _staircase(w: jax.Array, levels: Levels, step: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+    """The sum of a step per gap between neighboring levels.
 
     A step is an odd function of the distance t from the middle of the gap, which goes from -half to +half,
     where half is half the width of the gap.
     """
-    middles, halves = (levels[1:] + levels[:-1]) / 2, (levels[1:] - levels[:-1]) / 2
-    steps = (step(w - middle, half) for middle, half in zip(middles, halves, strict=True))
+    gaps = [((low + high) / 2, (high - low) / 2) for low, high in itertools.pairwise(levels)]
+    steps = (step(w - middle, half) for middle, half in gaps)
     return sum(steps, (levels[0] + levels[-1]) / 2)
-
-
-def from_penalty(penalty: Any, learning_rate: Any, damping: Any) -> RelaxationMap:
-    r"""The squared-distance map of the model's penalty, $\lambda = \eta\rho / (1 + \eta\tau)$.
-
-    `damping` is $\eta\tau$. An infinite penalty is the hard network, also at a step size of zero.
-    """
-    lam = jnp.where(jnp.isinf(penalty), math.inf, jnp.asarray(learning_rate) * penalty / (1 + damping))
-    return SquaredDistance(lam).at(0)

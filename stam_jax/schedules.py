@@ -44,40 +44,6 @@ def geometric(start: float, *, growth: float, every: int = 1) -> optax.Schedule:
     return schedule
 
 
-def inertia(learning_rate: optax.ScalarOrSchedule, *, pull: float = 0.01) -> optax.ScalarOrSchedule:
-    r"""The inertia that leaves a pull towards the relaxed weights in proportion to the step size.
-
-    It is $\kappa = 1/(1 + \gamma\eta)$: with it each step of `stam` ends with a proximal step of
-    $(\gamma/2)|v - x|^2$ for the float weights, which decay towards the relaxed ones as those of
-    `optax.adamw` do towards 0. Once the network is hard, the float weights rest at $y - d/\gamma$, and a sign
-    changes only where the direction d outweighs $\kappa\gamma\alpha$ on average, with $\alpha$ its scale:
-    all but the same at every step size, $\kappa$ being close to 1. A fixed $\kappa < 1$ holds signs the
-    harder the smaller the step is.
-
-    Args:
-        learning_rate: the step size $\eta$, a number or a schedule: that of `stam`.
-        pull: $\gamma$, at least 0, in units of the direction over the weights. 0 gives inertia 1.
-
-    Returns:
-        A number where `learning_rate` is one, else a schedule.
-
-    Raises:
-        ValueError: for a negative number.
-
-    Example:
-        >>> import optax
-        >>> from stam_jax import schedules, stam
-        >>> print(f"{schedules.inertia(0.1):.4f}")
-        0.9990
-        >>> rate = optax.cosine_decay_schedule(0.1, 1000)
-        >>> optimizer = stam(rate, inertia=schedules.inertia(rate, pull=0.02))
-    """
-    _numbers.check("inertia", "learning_rate", learning_rate, finite=True)
-    _numbers.check("inertia", "pull", pull, finite=True, schedule=False)
-    left = lambda eta: 1.0 / (1.0 + pull * eta)
-    return (lambda count: left(learning_rate(count))) if callable(learning_rate) else left(learning_rate)
-
-
 def linear_to_hard(hard_from: int, *, start: int = 0) -> optax.Schedule:
     """The share of the way from float to hard, at an even pace: the theta of `LinearBlend`.
 
@@ -89,7 +55,7 @@ def linear_to_hard(hard_from: int, *, start: int = 0) -> optax.Schedule:
         A schedule.
 
     Raises:
-        ValueError: unless 0 <= `start` < `hard_from`.
+        ValueError: unless 0 <= `start` <= `hard_from`.
 
     Example:
         >>> from stam_jax import schedules
@@ -98,7 +64,7 @@ def linear_to_hard(hard_from: int, *, start: int = 0) -> optax.Schedule:
         [0.0, 0.0, 0.5, 1.0, 1.0]
     """
     _check_span("linear_to_hard", start, hard_from)
-    return lambda count: jnp.clip((1.0 * jnp.asarray(count) - start) / (hard_from - start), 0, 1)
+    return lambda count: _progress(count, start, hard_from)
 
 
 def sigmoid_inverse_slope(hard_from: int, *, start: int = 0, steepness: float = 10.0) -> optax.Schedule:
@@ -116,7 +82,7 @@ def sigmoid_inverse_slope(hard_from: int, *, start: int = 0, steepness: float = 
         A schedule.
 
     Raises:
-        ValueError: unless 0 <= `start` < `hard_from`, or for a `steepness` out of range.
+        ValueError: unless 0 <= `start` <= `hard_from`, or for a `steepness` out of range.
 
     Example:
         >>> from stam_jax import schedules
@@ -131,15 +97,22 @@ def sigmoid_inverse_slope(hard_from: int, *, start: int = 0, steepness: float = 
     _numbers.check("sigmoid_inverse_slope", "steepness", steepness, low=1e-3, finite=True, schedule=False)
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
-        t = jnp.clip((1.0 * jnp.asarray(count) - start) / (hard_from - start), 0, 1)
+        t = _progress(count, start, hard_from)
         at = lambda t: jax.nn.sigmoid(steepness * (0.5 - t))
         return jnp.where(t < 1, (at(t) - at(1.0)) / (at(0.0) - at(1.0)), 0.0)
 
     return schedule
 
 
+def _progress(count: jax.typing.ArrayLike, start: int, hard_from: int) -> jax.Array:
+    """How far a step is from start to hard_from, from 0 to 1; from hard_from on it is exactly 1."""
+    length = jnp.maximum(1.0 * jnp.asarray(hard_from) - start, 1e-30)
+    share = jnp.clip((1.0 * jnp.asarray(count) - start) / length, 0, 1)
+    return jnp.where(jnp.asarray(count) >= hard_from, 1.0, share)
+
+
 def _check_span(where: str, start: int, hard_from: int) -> None:
     _numbers.check_each(where, ("start", start, 0), ("hard_from", hard_from, 0))
     is_traced = isinstance(start, jax.Array) or isinstance(hard_from, jax.Array)
-    if not is_traced and not start < hard_from:
-        raise ValueError(f"{where}: start must be below hard_from; got {start!r} and {hard_from!r}.")
+    if not is_traced and not start <= hard_from:
+        raise ValueError(f"{where}: start must be at most hard_from; got {start!r} and {hard_from!r}.")

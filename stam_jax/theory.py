@@ -42,7 +42,7 @@ def bound(
     with $\hat\eta = \eta / (1 + \eta (\rho + \tau))$.
 
     Args:
-        learning_rate: the step $\eta$ of `stam`, at most 1 / `smoothness`.
+        learning_rate: the step $\eta$ of `stam_proximal`, at most 1 / `smoothness`.
         smoothness: L, of the loss: its gradient's Lipschitz constant.
         noise: $\sigma$, the root of the mean squared distance of a stochastic gradient from the gradient,
             over the quantised weights.
@@ -50,9 +50,9 @@ def bound(
             objective with $(1 - \kappa)\rho$, and the sum of the `diagnostics.flip_work` of all steps, which
             may make it negative.
         steps: K, of the run.
-        penalty: $\rho$ of `stam`.
-        inertia: $\kappa$ of `stam`.
-        regularizer_penalty: $\tau$ of `stam`; 0 with inertia.
+        penalty: $\rho$ of `stam_proximal`.
+        inertia: $\kappa$.
+        regularizer_penalty: $\tau$ of `stam_proximal`; 0 with inertia.
         float_noise: $\sigma_f$, the same root over the weights that are not quantised.
 
     Returns:
@@ -108,12 +108,12 @@ def step_size(
         noise: $\sigma$, as in `bound`.
         decrease: $\Delta$, as in `bound`, above 0. Flip work depends on the step, and so is no part of it.
         steps: K, as in `bound`.
-        penalty: $\rho$ of `stam`.
-        inertia: $\kappa$ of `stam`.
-        regularizer_penalty: $\tau$ of `stam`; 0 with inertia.
+        penalty: $\rho$ of `stam_proximal`.
+        inertia: $\kappa$.
+        regularizer_penalty: $\tau$ of `stam_proximal`; 0 with inertia.
 
     Returns:
-        The learning rate of `stam`, at most 1 / `smoothness`.
+        The learning rate, at most 1 / `smoothness`.
 
     Raises:
         ValueError: for a number out of range.

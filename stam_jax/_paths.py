@@ -1,10 +1,11 @@
-"""Names for the leaves of a pytree, the same in every framework."""
+"""Paths as names for the leaves of a pytree, the same in every framework."""
 
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.tree_util import GetAttrKey
 
@@ -15,7 +16,7 @@ def is_masked(node: Any) -> bool:
 
 
 def _names(paths: list[tuple[Any, ...]]) -> list[str]:
-    """Readable names of key paths: their keys joined by slashes.
+    """Readable paths of keys: their keys joined by slashes.
 
     Flax NNX variables are pytree nodes with one child called `value`; that last key is dropped, so a leaf has
     one name whether its tree holds variables or plain arrays. A `value` among siblings keeps its name.
@@ -42,13 +43,39 @@ def flatten_named(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tu
 
 
 def named_leaves(tree: Any, *, holes: bool = False) -> dict[str, Any]:
-    """The leaves of a tree by name, in the tree's order; with its holes (`MaskedNode`) if asked."""
+    """The leaves of a tree by path, in the tree's order; with its holes (`MaskedNode`) if asked."""
     leaves, _ = flatten_named(tree, is_masked)
-    return {name: leaf for name, leaf in leaves.items() if holes or not is_masked(leaf)}
+    return {path: leaf for path, leaf in leaves.items() if holes or not is_masked(leaf)}
 
 
 def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    """`jax.tree.map` for a function of a leaf's name and the leaf; holes stay as they are."""
+    """`jax.tree.map` for a function of a leaf's path and the leaf; holes stay as they are."""
     leaves, structure = flatten_named(tree, is_masked)
-    mapped = [leaf if is_masked(leaf) else function(name, leaf) for name, leaf in leaves.items()]
+    mapped = [leaf if is_masked(leaf) else function(path, leaf) for path, leaf in leaves.items()]
     return jax.tree.unflatten(structure, mapped)
+
+
+def replaced(tree: Any, leaves: dict[str, Any]) -> Any:
+    """The tree with other leaves at some paths."""
+    return map_named(lambda path, leaf: leaves.get(path, leaf), tree)
+
+
+def holding(tree: Any, leaves: dict[str, Any]) -> Any:
+    """A tree of the same structure that holds these leaves, and holes in the place of all others."""
+    return map_named(lambda path, _: leaves.get(path, optax.MaskedNode()), tree)
+
+
+def check_alike(where: str, tree: Any, name: str, params: Any) -> None:
+    """Raise unless a tree has the leaves of the parameters, in shape too."""
+    if params is None:
+        raise ValueError(f"{where}: the parameters are missing: call update(updates, state, params).")
+    shapes, expected = ({path: jnp.shape(x) for path, x in named_leaves(t).items()} for t in (tree, params))
+    if shapes == expected:
+        return
+    differing = [path for path in [*expected, *shapes] if shapes.get(path) != expected.get(path)]
+    path = differing[0]
+    has = lambda found: f"shape {found[path]}" if path in found else "no such leaf"
+    raise ValueError(
+        f"{where}: {name} and params differ at the leaf {path!r}: {name} have {has(shapes)}, "
+        f"params {has(expected)}."
+    )

@@ -1,4 +1,4 @@
-"""Packed networks on disk: safetensors files with a few bits per quantised weight. See docs/format.md."""
+"""Packed networks on disk: safetensors files with a few bits per quantized weight. See docs/format.md."""
 
 import dataclasses
 import functools
@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stam_jax import _safetensors, _trees
-from stam_jax.packing import Packed, contained, is_packed, precision_of, unpacked
-from stam_jax.quantizers import Binary, Coded, HasCodes, LeastSquares, PowerOfTwo, Ternary, Uniform
+from stam_jax import _paths
+from stam_jax.packing import _safetensors
+from stam_jax.packing._packed import BUILT_IN, Packed, is_packed, options_of, quantizer_of
+from stam_jax.quantizers import Quantizer, Scaled, bits_per_weight, level_count
 
-VERSION = 1
+VERSION = 2
 _KEY, _CODES, _SCALES = "stam_jax", "#codes", "#scales"
-_QUANTIZERS = {cls.__name__: cls for cls in (Binary, Ternary, Uniform, PowerOfTwo, LeastSquares)}
 _DTYPES = {
     np.dtype(dtype).name: np.dtype(dtype)
     for dtype in ("float64", "float32", "float16", jnp.bfloat16, jnp.float8_e4m3fn, jnp.float8_e5m2)
@@ -30,11 +30,11 @@ class PackedFileError(ValueError):
 
 
 def save_packed(path: str | Path, tree: Any, *, metadata: Mapping[str, Any] | None = None) -> int:
-    """Write a network, its quantised weights in few bits, to a safetensors file.
+    """Write a network, its quantized weights in few bits, to a safetensors file.
 
     `load_packed` gives back every leaf bit for bit. The file is there whole or, if writing fails, as it was
     before; the same tree makes the same bytes. Batch-norm statistics and the like belong into the tree too,
-    for the network to be whole: `save_packed(path, {"params": pack(opt_state, params), "stats": stats})`.
+    for the network to be whole: `save_packed(path, {"params": pack(params), "stats": stats})`.
 
     Args:
         path: of the file; one that is there is replaced.
@@ -46,16 +46,16 @@ def save_packed(path: str | Path, tree: Any, *, metadata: Mapping[str, Any] | No
         The size of the file in bytes.
 
     Raises:
-        ValueError: with its name, for a leaf that is not what its quantiser promises, or whose name is taken.
+        ValueError: with its name, for a leaf that is not what its quantizer promises, or whose name is taken.
         TypeError: with its name, for a leaf that cannot be stored, as random keys; or for metadata that JSON
             cannot say.
 
     Example:
         >>> import tempfile
         >>> import jax.numpy as jnp
-        >>> from stam_jax import load_packed, pack, save_packed, stam, unpack
-        >>> params = {"kernel": jnp.array([[1.0, -2.0], [-3.0, 0.0]]), "bias": jnp.array([0.3, 0.4])}
-        >>> packed = pack(stam(0.1).init(params), params)
+        >>> from stam_jax import load_packed, pack, save_packed, unpack
+        >>> params = {"kernel": jnp.array([[2.0, -1.0], [-2.0, 1.0]]), "bias": jnp.array([0.3, 0.4])}
+        >>> packed = pack(params)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     size = save_packed(f"{folder}/network.safetensors", packed, metadata={"seed": 0})
         ...     loaded = load_packed(f"{folder}/network.safetensors", like=params)
@@ -64,7 +64,7 @@ def save_packed(path: str | Path, tree: Any, *, metadata: Mapping[str, Any] | No
          [-2.  1.]]
     """
     leaves = {
-        name: leaf for name, leaf in _trees.flatten_named(tree, is_packed)[0].items() if not _hole(leaf)
+        name: leaf for name, leaf in _paths.flatten_named(tree, is_packed)[0].items() if not _hole(leaf)
     }
     arrays: dict[str, np.ndarray] = {}
     packed: dict[str, Packed] = {}
@@ -97,7 +97,7 @@ def save_packed(path: str | Path, tree: Any, *, metadata: Mapping[str, Any] | No
         raise type(error)(f"save_packed: {error}") from error
 
 
-def load_packed(path: str | Path, like: Any = None, *, quantizers: Sequence[type[HasCodes]] = ()) -> Any:
+def load_packed(path: str | Path, like: Any = None, *, quantizers: Sequence[type[Quantizer]] = ()) -> Any:
     """Read a file of `save_packed`: `unpack` of what is returned gives the network, bit for bit.
 
     Nothing in the file is executed, and nothing of it is believed before it fits: a damaged or foreign file
@@ -108,32 +108,32 @@ def load_packed(path: str | Path, like: Any = None, *, quantizers: Sequence[type
         like: a tree with the names, shapes and dtypes of the one that was saved, such as the parameters (or
             `jax.ShapeDtypeStruct`s, or packed ones): the result has its structure. By default the result is a
             dictionary by name.
-        quantizers: classes of quantisers of your own that the file may name, with names of their own.
+        quantizers: classes of quantizers of your own that the file may name, with names of their own.
 
     Returns:
         The tree: a `Packed` for each leaf in few bits, a NumPy array for every other.
 
     Raises:
-        PackedFileError: if the file is not what `save_packed` has written, or names an unknown quantiser.
-        ValueError: with its name, if a leaf of `like` differs from the file's; or for two quantisers of one
+        PackedFileError: if the file is not what `save_packed` has written, or names an unknown quantizer.
+        ValueError: with its name, if a leaf of `like` differs from the file's; or for two quantizers of one
             name.
         OSError: if the file cannot be read.
 
     Example:
         >>> import tempfile
         >>> import jax.numpy as jnp
-        >>> from stam_jax import load_packed, pack, save_packed, stam
-        >>> params = {"kernel": jnp.array([[1.0, -2.0], [-3.0, 0.0]]), "bias": jnp.array([0.3, 0.4])}
+        >>> from stam_jax import load_packed, pack, save_packed
+        >>> params = {"kernel": jnp.array([[2.0, -1.0], [-2.0, 1.0]]), "bias": jnp.array([0.3, 0.4])}
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     size = save_packed(f"{folder}/network.safetensors", pack(stam(0.1).init(params), params))
+        ...     size = save_packed(f"{folder}/network.safetensors", pack(params))
         ...     loaded = load_packed(f"{folder}/network.safetensors")
-        >>> print(loaded["bias"], loaded["kernel"].quantizer.bits)
+        >>> print(loaded["bias"], loaded["kernel"].bits)
         [0.3 0.4] 1
     """
     path = Path(path)
     names = [cls.__name__ for cls in quantizers]
-    if len({*names, *_QUANTIZERS}) != len(names) + len(_QUANTIZERS):
-        raise ValueError(f"load_packed: the quantisers {', '.join(names)} must have names of their own.")
+    if len({*names, *BUILT_IN}) != len(names) + len(BUILT_IN):
+        raise ValueError(f"load_packed: the quantizers {', '.join(names)} must have names of their own.")
     body, arrays = _read(path, quantizers)
     leaves: dict[str, Any] = {}
     for name, leaf in body["packed"].items():
@@ -155,7 +155,7 @@ def packed_metadata(path: str | Path) -> dict[str, Any]:
         A dictionary, as JSON gives it back: its keys are texts.
 
     Raises:
-        PackedFileError: as `load_packed`; but for the quantisers, which are not looked up.
+        PackedFileError: as `load_packed`; but for the quantizers, which are not looked up.
         OSError: if the file cannot be read.
 
     Example:
@@ -172,7 +172,7 @@ def packed_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def _hole(leaf: Any) -> bool:
-    return not is_packed(leaf) and _trees.is_masked(leaf)
+    return not is_packed(leaf) and _paths.is_masked(leaf)
 
 
 def _array(name: str, leaf: Any) -> np.ndarray:
@@ -187,89 +187,68 @@ def _array(name: str, leaf: Any) -> np.ndarray:
 
 
 def _see_promises_kept(packed: dict[str, Packed]) -> None:
-    """Raise for a packed leaf that is not what its quantiser promises."""
+    """Raise for a packed leaf that is not what its quantizer promises."""
     for name, leaf in packed.items():
         try:
             _see_fit(leaf, leaf.codes, leaf.scales)
+            _see_contents(leaf, np.asarray(leaf.codes), np.asarray(leaf.scales))
         except ValueError as error:
             raise ValueError(f"save_packed: the leaf {name!r}: {error}") from error
-    with precision_of(packed.values()):
-        whole = unpacked(list(packed.values()))
-        held = contained(whole, tuple(leaf.quantizer for leaf in packed.values()))
-    for (name, leaf), holds in zip(packed.items(), held, strict=True):
-        if not holds:
-            raise ValueError(
-                f"save_packed: the leaf {name!r} does not hold what its quantiser {leaf.quantizer!r} "
-                "promises."
-            )
 
 
 def _see_fit(leaf: Packed, codes: Any, scales: Any) -> None:
     """Raise for codes and scales that cannot be those of a leaf, by shapes and dtypes."""
     *rows, row = leaf.shape or (1,)
-    expected = (*rows, -(-row * leaf.quantizer.bits // 8))
+    try:
+        shape = _shape_of_scales(leaf.quantizer, leaf.shape)
+        expected = (*rows, -(-row * leaf.bits // 8))
+    except Exception as error:  # Whatever a quantizer says of shapes that it cannot use.
+        raise ValueError(f"its quantizer cannot have its shape: {error}") from error
     if codes.dtype != np.uint8 or codes.shape != expected:
         raise ValueError(f"its codes are {codes.dtype}{list(codes.shape)} and not uint8{list(expected)}.")
     if scales.dtype not in (np.float32, np.float64):
         raise ValueError(f"its scales are {scales.dtype} and neither float32 nor float64.")
-    try:
-        shape = _shape_of_scales(leaf.quantizer, leaf.shape)
-    except Exception as error:  # Whatever a quantiser says of shapes that it cannot use.
-        raise ValueError(f"its quantiser cannot have its shape: {error}") from error
     if scales.shape != shape:
         raise ValueError(f"its scales are of shape {list(scales.shape)} and not {list(shape)}.")
 
 
 @functools.lru_cache(maxsize=1024)
-def _shape_of_scales(quantizer: HasCodes, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _shape_of_scales(quantizer: Quantizer, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the scales of an array."""
     return jax.eval_shape(quantizer.scales, jax.ShapeDtypeStruct(shape, np.float32)).shape
 
 
-def _see_contents(name: str, quantizer: HasCodes, codes: np.ndarray, scales: np.ndarray) -> None:
-    """Raise for codes and scales of a leaf that its quantiser does not have."""
+def _see_contents(leaf: Packed, codes: np.ndarray, scales: np.ndarray) -> None:
+    """Raise for codes and scales of a leaf that its quantizer does not have."""
+    quantizer, bits = leaf.quantizer, leaf.bits
     if not np.all(np.isfinite(scales)):
-        raise ValueError(f"the leaf {name!r} has scales that are not finite.")
-    if not isinstance(quantizer, Coded):
-        return
-    if np.any(scales < 0) or (quantizer.scale is None and np.any(scales != 1)):
-        raise ValueError(f"the leaf {name!r} has scales that {quantizer!r} does not have.")
-    if codes.size and quantizer.level_count < 2**quantizer.bits:
+        raise ValueError("it has scales that are not finite.")
+    fixed = quantizer.scale if isinstance(quantizer, Scaled) else None
+    if type(quantizer) in BUILT_IN.values() and (
+        np.any(scales < 0) or (fixed is not None and np.any(scales != scales.dtype.type(fixed)))
+    ):
+        raise ValueError(f"it has scales that {quantizer!r} does not have.")
+    levels = level_count(quantizer, leaf.shape)
+    if codes.size and levels < 2**bits:
         flags = np.unpackbits(codes, axis=-1, bitorder="little")
-        flags = flags[..., : flags.shape[-1] // quantizer.bits * quantizer.bits]
-        fields = flags.reshape(*flags.shape[:-1], -1, quantizer.bits)
-        largest = np.max(fields @ (1 << np.arange(quantizer.bits, dtype=np.uint8)), initial=0)
-        if largest >= quantizer.level_count:
-            raise ValueError(f"the leaf {name!r} has a code {largest} that {quantizer!r} does not have.")
+        flags = flags[..., : flags.shape[-1] // bits * bits]
+        fields = flags.reshape(*flags.shape[:-1], -1, bits)
+        largest = np.max(fields @ (1 << np.arange(bits, dtype=np.uint8)), initial=0)
+        if largest >= levels:
+            raise ValueError(f"it has a code {largest} that {quantizer!r} does not have.")
 
 
 def _described(name: str, leaf: Packed) -> dict[str, Any]:
     """What the file says of a packed leaf beside its codes and scales."""
-    quantizer: Any = leaf.quantizer
-    kind = type(quantizer)
-    if not dataclasses.is_dataclass(quantizer):
-        raise TypeError(
-            f"save_packed: the quantiser of the leaf {name!r}, {quantizer!r}, must be a dataclass for its "
-            "options to be stored."
-        )
-    if _QUANTIZERS.get(kind.__name__, kind) is not kind:
-        raise TypeError(
-            f"save_packed: the quantiser of the leaf {name!r} is called {kind.__name__}, as one of "
-            "stam_jax is; rename it."
-        )
-    names = [field.name for field in dataclasses.fields(quantizer) if field.init]
-    options = {option: getattr(quantizer, option) for option in names}
-    for option, value in options.items():
-        if type(value) not in (int, float, str, bool, type(None)):
-            raise TypeError(
-                f"save_packed: the quantiser of the leaf {name!r} has the option {option}={value!r}; only "
-                "whole numbers, floats, texts, booleans and None can be stored."
-            )
+    try:
+        options = options_of(leaf.quantizer)
+    except TypeError as error:
+        raise TypeError(f"save_packed: the leaf {name!r}: {error}") from error
     return {
         "shape": list(leaf.shape),
         "dtype": leaf.dtype.name,
-        "bits": leaf.quantizer.bits,
-        "quantizer": {"name": kind.__name__, "options": options},
+        "bits": leaf.bits,
+        "quantizer": {"name": type(leaf.quantizer).__name__, "options": options},
     }
 
 
@@ -285,7 +264,7 @@ def _digest(body: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, quantizers: Sequence[type[HasCodes]] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(path: Path, quantizers: Sequence[type[Quantizer]] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a file says of itself, packed leaves as `Packed` without contents, and its arrays.
 
     Quantisers are looked up unless they are None.
@@ -307,7 +286,7 @@ def _read(path: Path, quantizers: Sequence[type[HasCodes]] | None) -> tuple[dict
             raise ValueError(f"its bit order is {said.get('bit_order')!r}, and not 'little'.")
         if quantizers is None:
             return said, {}
-        known = _QUANTIZERS | {cls.__name__: cls for cls in quantizers}
+        known = BUILT_IN | {cls.__name__: cls for cls in quantizers}
         return said, {name: _leaf(name, value, entries, known) for name, value in said["packed"].items()}
 
     try:
@@ -316,7 +295,10 @@ def _read(path: Path, quantizers: Sequence[type[HasCodes]] | None) -> tuple[dict
         if found != _digest(said, arrays):
             raise ValueError("its contents do not match its digest: it was altered or damaged.")
         for name, leaf in packed.items():
-            _see_contents(name, leaf.quantizer, arrays[name + _CODES], arrays[name + _SCALES])
+            try:
+                _see_contents(leaf, arrays[name + _CODES], arrays[name + _SCALES])
+            except ValueError as error:
+                raise ValueError(f"the leaf {name!r}: {error}") from error
     except ValueError as error:
         raise PackedFileError(f"{path}: {error}") from error
     return said | {"packed": packed}, arrays
@@ -336,16 +318,16 @@ def _leaf(
     shape = tuple(shape)
     if not isinstance(kind, str) or kind not in known:
         raise ValueError(
-            f"the leaf {name!r} has the quantiser {kind!r}, which is unknown here; known are "
+            f"the leaf {name!r} has the quantizer {kind!r}, which is unknown here; known are "
             f"{', '.join(known)}. Name a class of your own in `quantizers`."
         )
     try:
-        quantizer = known[kind](**options)
-        hash(quantizer)
+        quantizer = quantizer_of(known[kind], options)
+        found = bits_per_weight(quantizer, shape)
     except Exception as error:  # Whatever a class says of options that it does not know.
-        raise ValueError(f"the leaf {name!r} has a quantiser that cannot be: {error}") from error
-    if type(bits) is not int or not 1 <= bits <= 8 or bits != quantizer.bits:
-        raise ValueError(f"the leaf {name!r} has {bits!r} bits, and its quantiser {quantizer.bits!r}.")
+        raise ValueError(f"the leaf {name!r} has a quantizer that cannot be: {error}") from error
+    if type(bits) is not int or not 1 <= bits <= 8 or bits != found:
+        raise ValueError(f"the leaf {name!r} has {bits!r} bits, and its quantizer {found}.")
     if name in entries:
         raise ValueError(f"it has the leaf {name!r} twice, packed and whole.")
     leaf = Packed(codes=None, scales=None, shape=shape, dtype=dtype, quantizer=quantizer)
@@ -365,7 +347,7 @@ def _in_shape_of(like: Any, leaves: dict[str, Any], path: Path) -> Any:
     Raises:
         ValueError: if a leaf is missing or left over, or of another shape or dtype.
     """
-    wanted, structure = _trees.flatten_named(like, lambda node: is_packed(node) or _trees.is_masked(node))
+    wanted, structure = _paths.flatten_named(like, lambda node: is_packed(node) or _paths.is_masked(node))
     names = [name for name, leaf in wanted.items() if not _hole(leaf)]
     for name in [*names, *leaves]:
         if name not in leaves or name not in names:

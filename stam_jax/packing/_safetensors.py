@@ -30,8 +30,8 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _METADATA = "__metadata__"
-# Some hundred thousand arrays; what is longer only takes time and memory to refuse.
-_LONGEST_HEADER = 16_000_000
+# What the safetensors package reads; what is longer is refused in writing too.
+_LONGEST_HEADER = 100_000_000
 _MOST_AXES = 64  # As many as NumPy knows.
 
 T = TypeVar("T")
@@ -98,6 +98,10 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
         begin = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > _LONGEST_HEADER:
+        raise ValueError(
+            f"the header takes {len(text):,} bytes, and may take {_LONGEST_HEADER:,}: shorten the metadata."
+        )
     path = path.resolve()  # A link stays a link.
     part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:

@@ -1,0 +1,277 @@
+"""A network whose quantized weights take few bits in memory, and its unpacking inside jit."""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from stam_jax import _assignment, _paths
+from stam_jax._assignment import Quantizers, scales_of
+from stam_jax.quantizers import (
+    Binary,
+    LeastSquares,
+    PowerOfTwo,
+    Quantizer,
+    Ternary,
+    Uniform,
+    bits_per_weight,
+    decode,
+    encode,
+    spread,
+    wide,
+)
+
+# A quantized network is this far from its parameters at most: rounding of bfloat16 makes 9e-4.
+_LARGEST_GAP = 1e-2
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "scales"],
+    meta_fields=["shape", "dtype", "quantizer"],
+)
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """One quantized array, a few bits per weight: a node of a pytree, for `jax.jit` and `jax.export`.
+
+    A row of the array, along its last axis, is a string of bits: the code of its first weight, lowest bit
+    first, then that of the second, and so on, filled up with zeros to whole bytes. The first bit of a byte is
+    its lowest. A code is the index of a level, counted from the lowest.
+
+    Args:
+        codes: the rows as bytes, uint8 of shape [..., ceil(n bits / 8)] for an array of shape [..., n]; of
+            shape [1] for a scalar.
+        scales: what `quantizer.scales` gives, in float32 at least.
+        shape: of the array.
+        dtype: of the array.
+        quantizer: what the codes and scales mean.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from stam_jax import pack
+        >>> packed = pack({"kernel": jnp.array([[2.0, -1.0], [-2.0, 1.0]])})["kernel"]
+        >>> print(packed.codes.tolist(), packed.scales.tolist(), packed.bits, packed.nbytes)
+        [[1], [2]] [[2.0, 1.0]] 1 10
+    """
+
+    codes: Any
+    scales: Any
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    quantizer: Quantizer
+
+    @property
+    def bits(self) -> int:
+        """Bits per weight, beside the scales."""
+        return bits_per_weight(self.quantizer, self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and the scales."""
+        return sum(part.size * np.dtype(part.dtype).itemsize for part in (self.codes, self.scales))
+
+    def unpack(self) -> jax.Array:
+        """The array, whole.
+
+        Raises:
+            TypeError: if its dtype needs `jax_enable_x64`.
+        """
+        if jax.dtypes.canonicalize_dtype(self.dtype) != self.dtype:
+            raise TypeError(f"An array of dtype {self.dtype} is unpacked with jax_enable_x64 only.")
+        if math.prod(self.shape) == 0:
+            return jnp.zeros(self.shape, self.dtype)
+        bits, row = self.bits, self.shape[-1] if self.shape else 1
+        flags = jnp.unpackbits(jnp.asarray(self.codes), axis=-1, count=row * bits, bitorder="little")
+        flags = flags.reshape(*self.shape, bits)
+        codes = sum((flags[..., i] << i for i in range(bits)), jnp.zeros(self.shape, jnp.uint8))
+        levels = [spread(level, self.shape) for level in self.quantizer.levels(jnp.asarray(self.scales))]
+        return decode(codes, levels).astype(self.dtype)
+
+
+def is_packed(node: Any) -> bool:
+    """Whether a node of a tree is an array in few bits."""
+    return isinstance(node, Packed)
+
+
+BUILT_IN: Mapping[str, type[Any]] = {
+    cls.__name__: cls for cls in (Binary, Ternary, Uniform, PowerOfTwo, LeastSquares)
+}
+
+
+def options_of(quantizer: Any) -> dict[str, Any]:
+    """The options of a quantizer as JSON says them.
+
+    Raises:
+        TypeError: for a quantizer that is no dataclass, whose class is called like one of the package, or
+            with an option that JSON cannot say.
+    """
+    kind = type(quantizer)
+    if not dataclasses.is_dataclass(quantizer):
+        raise TypeError(f"the quantizer {quantizer!r} must be a dataclass for its options to be stored.")
+    if BUILT_IN.get(kind.__name__, kind) is not kind:
+        raise TypeError(
+            f"the quantizer {quantizer!r} has the name of a class of stam_jax: rename {kind.__name__}."
+        )
+    options = {
+        field.name: getattr(quantizer, field.name) for field in dataclasses.fields(quantizer) if field.init
+    }
+    for name, value in options.items():
+        parts = value if isinstance(value, tuple) else (value,)
+        if not all(type(part) in (int, float, str, bool, type(None)) for part in parts):
+            raise TypeError(
+                f"the quantizer {quantizer!r} has the option {name}={value!r}; only numbers, texts, booleans, "
+                "None and tuples of them can be stored."
+            )
+    return options
+
+
+def quantizer_of(kind: type[Any], options: Mapping[str, Any]) -> Quantizer:
+    """The quantizer of a class with options as JSON has given them back, where tuples are lists."""
+    quantizer = kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in options.items()})
+    hash(quantizer)
+    return quantizer
+
+
+def _to_bytes(auxiliary: Any) -> bytes:
+    """What `jax.export` keeps of a `Packed` beside its arrays."""
+    shape, dtype, quantizer = auxiliary
+    if type(quantizer) is not BUILT_IN.get(type(quantizer).__name__):
+        raise ValueError(f"jax.export stores Packed with the quantizers of stam_jax only; got {quantizer!r}.")
+    said = {"shape": shape, "dtype": np.dtype(dtype).name, "quantizer": type(quantizer).__name__}
+    return json.dumps(said | {"options": options_of(quantizer)}).encode()
+
+
+def _from_bytes(data: bytes) -> Any:
+    said = json.loads(data)
+    quantizer = quantizer_of(BUILT_IN[said["quantizer"]], said["options"])
+    return tuple(said["shape"]), np.dtype(jnp.dtype(said["dtype"])), quantizer
+
+
+jax.export.register_pytree_node_serialization(
+    Packed, serialized_name="stam_jax.Packed", serialize_auxdata=_to_bytes, deserialize_auxdata=_from_bytes
+)
+
+
+def _rows(codes: np.ndarray, bits: int) -> np.ndarray:
+    """The codes of an array as the rows of `Packed`."""
+    flags = (codes[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
+    shape = codes.shape or (1,)
+    return np.packbits(flags.reshape(*shape[:-1], shape[-1] * bits), axis=-1, bitorder="little")
+
+
+@functools.partial(jax.jit, static_argnames="quantizer")
+def _codes(quantizer: Quantizer, w: jax.Array, scales: jax.Array) -> jax.Array:
+    """The codes of one leaf."""
+    levels = [spread(level, w.shape) for level in quantizer.levels(scales)]
+    return encode(w.astype(wide(w.dtype)), levels)
+
+
+@jax.jit
+def gap_of(x: jax.Array, y: jax.Array) -> jax.Array:
+    """|y - x| / |x| of one leaf, in float32 at least; 0 where they are equal."""
+    x = x.astype(wide(x.dtype))
+    distance, norm = (jnp.sqrt(jnp.sum(jnp.square(a))) for a in (y.astype(x.dtype) - x, x))
+    return jnp.where(distance == 0, 0, distance / jnp.where(norm == 0, 1, norm))
+
+
+def pack(params: Any, quantizer: Quantizers = Binary()) -> Any:
+    r"""The quantized network of `quantize`, its quantized leaves in few bits per weight.
+
+    `unpack` gives back `quantize(params, quantizer)`, bit for bit. The parameters must be those of a hard
+    network, and the quantizer that of the training: a leaf that is further than 1% from its quantized weights
+    is an error. To pack weights that were not trained to be quantized, quantize them first:
+    `pack(quantize(params))`. Not for use inside jit.
+
+    Args:
+        params: the parameters, any pytree.
+        quantizer: the one given in training; see `stam`.
+
+    Returns:
+        A tree like `params`, with a `Packed` in the place of each quantized leaf and copies of the others, on
+        the default device.
+
+    Raises:
+        ValueError: as `quantize`; with its path, for a leaf with a gap $|P_Q(x) - x| / |x|$ above 0.01, with
+            values that are not finite, or that spans processes.
+        TypeError: as `quantize`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from stam_jax import pack, quantize, unpack
+        >>> params = {"kernel": jnp.array([[1.0, -2.0], [-3.0, 0.0]]), "bias": jnp.array([0.3, 0.4])}
+        >>> packed = pack(quantize(params))
+        >>> print(packed["kernel"].nbytes, unpack(packed)["kernel"].tolist())
+        10 [[2.0, -1.0], [-2.0, 1.0]]
+    """
+    _assignment.check_quantizer("pack", quantizer)
+    quantizers = _assignment.chosen("pack", quantizer, params)
+    return _paths.map_named(lambda path, leaf: _pack_leaf(path, leaf, quantizers.get(path)), params)
+
+
+def _pack_leaf(path: str, leaf: Any, quantizer: Quantizer | None) -> Any:
+    """One leaf in few bits, or a copy of it, which a later step cannot donate."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        raise ValueError(
+            f"pack: the leaf {path!r} spans processes; gather the parameters first, by "
+            "jax.experimental.multihost_utils.process_allgather(params, tiled=True)."
+        )
+    if quantizer is None:
+        return jnp.array(leaf, copy=True) if isinstance(leaf, jax.Array | np.ndarray) else leaf
+    with _assignment.naming("pack", path):
+        w = jnp.asarray(leaf)
+        scales = scales_of(quantizer, w)
+        codes = _codes(quantizer, w, scales)
+    packed = Packed(
+        jnp.asarray(_rows(np.asarray(codes), bits_per_weight(quantizer, w.shape))),
+        jnp.asarray(np.asarray(scales)),
+        w.shape,
+        np.dtype(w.dtype),
+        quantizer,
+    )
+    if not np.all(np.isfinite(np.asarray(scales))):
+        raise ValueError(f"pack: the leaf {path!r} has values that are not finite.")
+    gap = float(gap_of(jax.device_put(w, packed.codes.sharding), unpacked(packed)))
+    if not gap <= _LARGEST_GAP:
+        raise ValueError(
+            f"pack: the leaf {path!r} is {gap:.2g} of its norm away from its quantized weights: its "
+            f"quantizer {quantizer!r} is not that of the training, or the network is not hard yet. To pack "
+            "it all the same, quantize it first: pack(quantize(params, quantizer), quantizer)."
+        )
+    return packed
+
+
+def unpack(tree: Any) -> Any:
+    """A packed network made whole.
+
+    Inside jit it lets the device hold nothing but the packed bits between calls. While a call lasts, the
+    whole arrays are temporaries; on CPUs all of them at once.
+
+    Args:
+        tree: of arrays and `Packed`s.
+
+    Returns:
+        The tree with an array in the place of each `Packed`; all else as it is.
+
+    Raises:
+        TypeError: if an array's dtype needs `jax_enable_x64`.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from stam_jax import pack, unpack
+        >>> packed = pack({"kernel": jnp.array([[2.0, -1.0], [-2.0, 1.0]])})
+        >>> apply = jax.jit(lambda packed, x: x @ unpack(packed)["kernel"])
+        >>> print(apply(packed, jnp.ones(2)))
+        [0. 0.]
+    """
+    return jax.tree.map(lambda node: node.unpack() if is_packed(node) else node, tree, is_leaf=is_packed)
+
+
+unpacked = jax.jit(unpack)

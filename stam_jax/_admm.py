@@ -93,9 +93,9 @@ def admm_quant(
         weights = _paths.named_leaves(params)
         x, v = widened(weights, quantizers), kept(where, state.dual, weights, quantizers)
         y = {path: nearest(v[path], levels_of(q, v[path])) for path, q in quantizers.items()}
-        u = {path: v[path] - y[path] for path in quantizers}
         gradients = widened(_paths.named_leaves(updates), quantizers, like=x)
-        pulled = {path: g + penalty * (x[path] - y[path] + u[path]) for path, g in gradients.items()}
+        # With u = v - y, written so that XLA on CPU keeps no array of u.
+        pulled = {path: g + penalty * (x[path] + v[path] - 2 * y[path]) for path, g in gradients.items()}
         steps, inner_state = inner.update(
             _paths.replaced(updates, pulled), state.inner, _paths.replaced(params, x), **extra_args
         )
@@ -105,7 +105,10 @@ def admm_quant(
             path: jnp.where(is_hard, y[path], x[path] + step[path].astype(x[path].dtype))
             for path in quantizers
         }
-        dual = {path: jnp.where(is_dual & ~is_hard, new_x[path] + u[path], v[path]) for path in quantizers}
+        dual = {
+            path: jnp.where(is_dual & ~is_hard, new_x[path] + v[path] - y[path], v[path])
+            for path in quantizers
+        }
         return _paths.replaced(
             steps, {path: move(weights[path], new) for path, new in new_x.items()}
         ), AdmmState(

@@ -297,6 +297,12 @@ class _Fitted(Scaled):
         above = [magnitude * scales for magnitude in self._magnitudes]
         return *(-level for level in reversed(above)), jnp.zeros_like(scales), *above
 
+    def _code(self, size: jax.Array, scale: jax.Array) -> jax.Array:
+        """The magnitude nearest to each |w|, at a scale."""
+        gaps = itertools.pairwise((0.0, *self._magnitudes))
+        steps = (jnp.where(size >= scale * (low + high) / 2, high - low, 0) for low, high in gaps)
+        return sum(steps, jnp.zeros_like(size))
+
     def _fit(self, size: jax.Array, over: Over) -> jax.Array:
         """The best of some scales from the mean of |w| to beyond its maximum, refined by least squares.
 
@@ -307,26 +313,18 @@ class _Fitted(Scaled):
         unit = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
         size = size / unit
         mean = over(jnp.mean, size)
-        steps = [(high - low, (high + low) / 2) for low, high in itertools.pairwise((0.0, *self._magnitudes))]
-
-        def code(scale: jax.Array) -> jax.Array:
-            """The magnitude nearest to each weight."""
-            return sum(
-                (jnp.where(size >= scale * middle, step, 0) for step, middle in steps), jnp.zeros_like(size)
-            )
-
         shares = [i / (_TRIED - 1) for i in range(_TRIED)]
         exponents = jnp.asarray([*(0.0 for _ in self._magnitudes), *(1 - t for t in shares)], size.dtype)
         factors = jnp.asarray([*(1 / m for m in self._magnitudes), *(1.4**t for t in shares)], size.dtype)
 
         def tried(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             scale = factors[i] * mean ** exponents[i]
-            error = over(jnp.mean, jnp.square(size - scale * code(scale)))
+            error = over(jnp.mean, jnp.square(size - scale * self._code(size, scale)))
             is_better = error < best[0]
             return jnp.where(is_better, error, best[0]), jnp.where(is_better, scale, best[1])
 
         def refined(_: jax.Array, scale: jax.Array) -> jax.Array:
-            q = code(scale)
+            q = self._code(size, scale)
             norm = over(jnp.mean, q * q)
             return jnp.where(norm > 0, over(jnp.mean, size * q) / jnp.where(norm > 0, norm, 1), scale)
 
@@ -411,6 +409,10 @@ class Uniform(_FewBits):
     def _magnitudes(self) -> tuple[float, ...]:
         top = 2 ** (self.bits - 1) - 1
         return tuple(j / top for j in range(1, top + 1))
+
+    def _code(self, size: jax.Array, scale: jax.Array) -> jax.Array:
+        top = len(self._magnitudes)
+        return jnp.minimum(jnp.round(size * (top / jnp.where(scale == 0, 1, scale))), top) / top
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

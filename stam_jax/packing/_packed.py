@@ -126,8 +126,8 @@ def options_of(quantizer: Any) -> dict[str, Any]:
         parts = value if isinstance(value, tuple) else (value,)
         if not all(type(part) in (int, float, str, bool, type(None)) for part in parts):
             raise TypeError(
-                f"the quantizer {quantizer!r} has the option {name}={value!r}; only numbers, texts, booleans, "
-                "None and tuples of them can be stored."
+                f"the quantizer {quantizer!r} has the option {name}={value!r}; only numbers, texts, "
+                "booleans, None and tuples of them can be stored."
             )
     return options
 

@@ -217,27 +217,26 @@ def pack(params: Any, quantizer: Quantizers = Binary()) -> Any:
 
 def _pack_leaf(path: str, leaf: Any, quantizer: Quantizer | None) -> Any:
     """One leaf in few bits, or a copy of it, which a later step cannot donate."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         raise ValueError(
             f"pack: the leaf {path!r} spans processes; gather the parameters first, by "
             "jax.experimental.multihost_utils.process_allgather(params, tiled=True)."
         )
     if quantizer is None:
-        return jnp.array(leaf, copy=True) if isinstance(leaf, jax.Array | np.ndarray) else leaf
+        is_array = isinstance(leaf, jax.Array | np.ndarray) and not jnp.issubdtype(
+            leaf.dtype, jax.dtypes.extended
+        )
+        return jnp.asarray(np.array(leaf)) if is_array else leaf
     with _assignment.naming("pack", path):
         w = jnp.asarray(leaf)
+        # Where the array lies, as `quantize` does: sums over shards round otherwise than sums over the whole.
         scales = scales_of(quantizer, w)
-        codes = _codes(quantizer, w, scales)
-    packed = Packed(
-        jnp.asarray(_rows(np.asarray(codes), bits_per_weight(quantizer, w.shape))),
-        jnp.asarray(np.asarray(scales)),
-        w.shape,
-        np.dtype(w.dtype),
-        quantizer,
-    )
-    if not np.all(np.isfinite(np.asarray(scales))):
+        codes, scales = np.asarray(_codes(quantizer, w, scales)), np.asarray(scales)
+    if not np.all(np.isfinite(scales)):
         raise ValueError(f"pack: the leaf {path!r} has values that are not finite.")
-    gap = float(gap_of(jax.device_put(w, packed.codes.sharding), unpacked(packed)))
+    rows = _rows(codes, bits_per_weight(quantizer, w.shape))
+    packed = Packed(jnp.asarray(rows), jnp.asarray(scales), w.shape, np.dtype(w.dtype), quantizer)
+    gap = float(gap_of(np.asarray(w), unpacked(packed)))
     if not gap <= _LARGEST_GAP:
         raise ValueError(
             f"pack: the leaf {path!r} is {gap:.2g} of its norm away from its quantized weights: its "

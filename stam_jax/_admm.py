@@ -93,7 +93,7 @@ def admm_quant(
         weights = _paths.named_leaves(params)
         x, v = widened(weights, quantizers), kept(where, state.dual, weights, quantizers)
         y = {path: nearest(v[path], levels_of(q, v[path])) for path, q in quantizers.items()}
-        gradients = widened(_paths.named_leaves(updates), quantizers, like=x)
+        gradients = widened(_paths.named_leaves(updates), quantizers)
         # With u = v - y, written so that XLA on CPU keeps no array of u.
         pulled = {path: g + penalty * (x[path] + v[path] - 2 * y[path]) for path, g in gradients.items()}
         steps, inner_state = inner.update(

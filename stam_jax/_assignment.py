@@ -73,34 +73,31 @@ def assign(where: str, quantizer: Quantizers, params: Any) -> dict[str, Assigned
     """
     everything = _paths.named_leaves(params, holes=True)
     leaves = {path: leaf for path, leaf in everything.items() if not _paths.is_masked(leaf)}
+    # Optax itself makes trees without leaves, and with holes where leaves are another transform's.
+    is_whole = bool(leaves) and len(leaves) == len(everything)
     if isinstance(quantizer, Mapping):
-        found = _by_patterns(where, quantizer, leaves, is_whole=len(leaves) == len(everything))
-    elif _is_quantizer(quantizer):
+        found = _by_patterns(where, quantizer, leaves, is_whole=is_whole)
+    elif isinstance(quantizer, Quantizer):
         found = {path: _default(path, leaf, quantizer) for path, leaf in leaves.items()}
     else:
         found = {path: _by_function(where, quantizer, path, leaf) for path, leaf in leaves.items()}
-    # Optax itself makes trees without leaves, and with holes where leaves are another transform's.
-    is_whole = len(leaves) == len(everything)
-    if leaves and is_whole and not any(a.quantizer for a in found.values()):
+    if is_whole and not any(a.quantizer for a in found.values()):
         raise ValueError(
             f"{where}: nothing is quantized. By default these are the leaves called kernel, weight or w of "
             f"rank 2 or more; name others by patterns, quantizer={{'*/name': Binary()}}. The leaves are "
             + _listed(f"{path!r} ({a.rule})" for path, a in found.items())
         )
-    return {
-        path: a._replace(quantizer=None if a.quantizer is None else _fitted(where, path, a.leaf, a.quantizer))
-        for path, a in found.items()
-    }
+    return {path: _fitted(where, path, a) if a.quantizer else a for path, a in found.items()}
 
 
 def chosen(where: str, quantizer: Quantizers, params: Any) -> dict[str, Quantizer]:
     """The quantizers of the leaves that are quantized, by path."""
-    assigned = assign(where, quantizer, params)
-    return {path: a.quantizer for path, a in assigned.items() if a.quantizer is not None}
+    return {path: a.quantizer for path, a in assign(where, quantizer, params).items() if a.quantizer}
 
 
-def _fitted(where: str, path: str, leaf: Any, quantizer: Quantizer) -> Quantizer:
+def _fitted(where: str, path: str, assigned: Assigned) -> Assigned:
     """The quantizer with the axis that goes with the name of its leaf, once it is seen to suit the leaf."""
+    leaf, quantizer, _ = assigned
     if getattr(quantizer, "axis", ...) is None:
         axis = 0 if path.rpartition("/")[2] == "weight" else -1
         quantizer = dataclasses.replace(quantizer, axis=axis)  # pyright: ignore[reportArgumentType]
@@ -111,7 +108,7 @@ def _fitted(where: str, path: str, leaf: Any, quantizer: Quantizer) -> Quantizer
         problem = "its scales would be those of a shard inside jax.shard_map: put the optimizer outside of it"
     if problem:
         raise ValueError(f"{where}: the leaf {path!r} cannot be quantized: {problem}.")
-    return quantizer
+    return assigned._replace(quantizer=quantizer)
 
 
 @contextlib.contextmanager
@@ -186,7 +183,7 @@ def _by_patterns(
             named = [path for path in leaves if _covers(pattern, path)]
             covered = [path for path in named if quantizer is None or _unsuited(leaves[path]) is None]
         free = [path for path in covered if path not in found]
-        if is_whole and leaves and not free:
+        if is_whole and not free:
             reason = "the patterns before it cover all that it matches; the first match wins"
             if not covered:
                 reason = f"it matches no leaf to quantize; the leaves are {_listed(leaves)}"
@@ -202,8 +199,8 @@ def _covers(pattern: str, path: str) -> bool:
     return any(fnmatch.fnmatchcase("/".join(keys[:n]), pattern) for n in range(1, len(keys) + 1))
 
 
-# The scales in a program of their own, so that they are rounded before they are put to use: `pack` stores
-# them. @functools.partial(jax.jit, static_argnames="quantizer")
+# A program of its own, so that scales are rounded before they are put to use: `pack` stores them.
+@functools.partial(jax.jit, static_argnames="quantizer")
 def scales_of(quantizer: Quantizer, w: jax.Array) -> jax.Array:
     """The scales of one leaf."""
     return quantizer.scales(w)

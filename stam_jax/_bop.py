@@ -102,7 +102,7 @@ def bop(
             y = jnp.where(state.count == 0, nearest(x, levels_of(q, x)), x)
             return jnp.where((jnp.abs(m) > tau) & ((m >= 0) == (y >= 0)), -y, y)
 
-        gradients = widened(_paths.named_leaves(updates), quantizers, like=m)
+        gradients = widened(_paths.named_leaves(updates), quantizers)
         momentum = {
             path: ((1 - gamma) * m[path] + gamma * g).astype(g.dtype) for path, g in gradients.items()
         }

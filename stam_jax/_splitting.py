@@ -121,7 +121,7 @@ def splitting(
     regularizer_strength: ScalarOrSchedule = math.inf,
 ) -> optax.GradientTransformationExtraArgs:
     """`three_block_splitting`, whose errors begin with the name of the function that was called."""
-    inner = inside(where, optimizer)
+    inner = inside(where, optax.identity() if optimizer is None else optimizer)
     _assignment.check_quantizer(where, quantizer)
     _numbers.check_has(where, "relaxation", relaxation, "at")
     _numbers.check(where, "inertia", inertia, high=1.0)
@@ -145,12 +145,10 @@ def splitting(
         check_state(where, state, SplittingState)
         _paths.check_alike(where, updates, "updates", params)
         quantizers = _assignment.chosen(where, quantizer, params)
-        weights = _paths.named_leaves(params)
+        weights, gradients = _paths.named_leaves(params), _paths.named_leaves(updates)
         v = kept(where, state.latent, weights, quantizers) if keeps_latent else widened(weights, quantizers)
         if not keeps_latent and state.latent is not None:
-            raise ValueError(
-                f"{where}: the state holds latent weights, so it is of an optimizer with inertia."
-            )
+            raise ValueError(f"{where}: the state holds latent weights; that of no inertia holds none.")
         at = lambda value: _numbers.at(value, state.count)
         kappa, relax = at(inertia), relaxation.at(state.count)
         step, (share_w, share_z) = at(regularizer_step), shares(at(regularizer_strength))
@@ -167,8 +165,8 @@ def splitting(
             # The same as x + kappa (w - x), but exact at 0 and 1; at the number 1 without computing x again.
             return x, w if _numbers.is_fixed_at(inertia, 1) else (1 - kappa) * x + kappa * w
 
-        gradients = _paths.replaced(updates, widened(_paths.named_leaves(updates), quantizers, like=v))
-        steps, inner_state = inner.update(gradients, state.inner, _paths.replaced(params, v), **extra_args)
+        d = _paths.replaced(updates, {path: gradients[path].astype(v[path].dtype) for path in quantizers})
+        steps, inner_state = inner.update(d, state.inner, _paths.replaced(params, v), **extra_args)
         u = _paths.named_leaves(steps)
         reached = {path: iterate(q, v[path], u[path].astype(v[path].dtype)) for path, q in quantizers.items()}
         moves = {path: move(weights[path], x) for path, (x, _) in reached.items()}
@@ -183,17 +181,15 @@ def splitting(
 
 
 def inside(where: str, optimizer: Any) -> optax.GradientTransformationExtraArgs:
-    """The optimizer that is wrapped; the identity for None.
+    """The optimizer that is wrapped.
 
     Raises:
         TypeError: for something that is no optimizer, such as a learning rate.
     """
-    if optimizer is None:
-        optimizer = optax.identity()
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
-            f"{where}: optimizer must be an Optax optimizer such as optax.adamw(1e-3), or None for a link of "
-            f"a chain; got {optimizer!r}."
+            f"{where}: optimizer must be an Optax optimizer such as optax.adamw(1e-3), with its learning "
+            f"rate; got {optimizer!r}."
         )
     return optax.with_extra_args_support(optimizer)
 
@@ -213,12 +209,9 @@ def latents(params: Any, quantizers: dict[str, Quantizer]) -> dict[str, jax.Arra
     return {path: jnp.array(weights[path], wide(weights[path].dtype), copy=True) for path in quantizers}
 
 
-def widened(
-    leaves: dict[str, jax.Array], quantizers: dict[str, Quantizer], like: dict[str, jax.Array] | None = None
-) -> dict[str, jax.Array]:
-    """The leaves that are quantized, by path, in float32 at least, or in the dtypes of others."""
-    dtype = lambda path: wide(leaves[path].dtype) if like is None else like[path].dtype
-    return {path: leaves[path].astype(dtype(path)) for path in quantizers}
+def widened(leaves: dict[str, jax.Array], quantizers: dict[str, Quantizer]) -> dict[str, jax.Array]:
+    """The leaves that are quantized, by path, in float32 at least."""
+    return {path: leaves[path].astype(wide(leaves[path].dtype)) for path in quantizers}
 
 
 def kept(

@@ -8,7 +8,7 @@ arrays that broadcast against w. Whatever depends on the step alone is so comput
 import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class Relaxation(Protocol):
         ...
 
 
-def shares(lam: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+def shares(lam: Any) -> tuple[jax.Array, jax.Array]:
     """What the prox of the squared distance of a strength keeps of w, and takes of y: they add up to 1."""
     share_w = 1 / (1 + jnp.asarray(lam))
     # lam / (1 + lam), which keeps its digits where lam is small, and is 1 where lam is huge or infinite.

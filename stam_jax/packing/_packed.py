@@ -100,7 +100,7 @@ def is_packed(node: Any) -> bool:
     return isinstance(node, Packed)
 
 
-BUILT_IN: Mapping[str, type[Any]] = {
+BUILT_IN: dict[str, type[Any]] = {
     cls.__name__: cls for cls in (Binary, Ternary, Uniform, PowerOfTwo, LeastSquares)
 }
 

@@ -95,7 +95,7 @@ def random_network(model: ModelName, width: float) -> tuple[Callable[[Precision]
     )
     draw = lambda key: models.split(models.build(model, images, width=width, key=key))[1:]
     params, stats = jax.jit(draw)(jax.random.key(SEED))
-    packed = stam_jax.pack(stam_jax.stam(0.1).init(params), params)
+    packed = stam_jax.pack(stam_jax.quantize(params))
     graph = lambda precision: stored.abstract(model, images, width, precision)[0]
     return graph, {"params": packed, "stats": stats}
 

@@ -19,13 +19,14 @@ import optax
 from rich.progress import track
 
 from benchmarks.problems import PROBLEMS, Problem
-from stam_jax import Binary, Quantizer, diagnostics, hard_params, stam, theory
+from stam_jax import Binary, Quantizer, diagnostics, quantize, stam_proximal, theory, three_block_splitting
+from stam_jax.relaxations import SquaredDistance
 
 RESULTS = Path(__file__).parent / "results" / "theorems.json"
 SEEDS = 20
 STEPS = 1000
 PENALTY = 30.0
-TENSOR = Binary(scale="tensor")
+TENSOR = Binary(axis=())
 INERTIAS = (0.0, 0.5, 0.9, 0.99, 1.0)
 
 
@@ -37,14 +38,40 @@ class Run(NamedTuple):
         measured: the same of the library's residual.
         work: the sum over the steps of the flip work.
         flips: how many signs changed.
-        hard_loss: the loss of the binary weights at the end.
+        quantized_loss: the loss of the quantized weights at the end.
     """
 
     residual: Any
     measured: Any
     work: Any
     flips: Any
-    hard_loss: Any
+    quantized_loss: Any
+
+
+def everywhere(quantizer: Quantizer) -> Callable[[str, Any], Quantizer]:
+    """The rule that gives every leaf this quantizer, whatever its name and rank."""
+    return lambda path, leaf: quantizer
+
+
+def build(
+    learning_rate: float,
+    penalty: float,
+    *,
+    quantizer: Quantizer,
+    inertia: float = 0.0,
+    project: Any = "first",
+    **pulls: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """The iteration of theorem 1; that of theorem 2 with inertia or with the projection last."""
+    if inertia == 0 and project == "first":
+        return stam_proximal(learning_rate, penalty, quantizer=everywhere(quantizer), **pulls)
+    return three_block_splitting(
+        optax.sgd(learning_rate),
+        quantizer=everywhere(quantizer),
+        relaxation=SquaredDistance(learning_rate * penalty),
+        inertia=inertia,
+        project=project,
+    )
 
 
 def run(
@@ -59,9 +86,9 @@ def run(
     take: Callable[[Any, Any], Any] | None = None,
     quantizer: Quantizer = TENSOR,
     pulls: dict[str, Any] | None = None,
-    **settings: Any,
+    project: str = "first",
 ) -> Run:
-    """Runs of `stam`, or of another iteration, from several seeds at once.
+    """Runs of the iteration of the theorems, or of another, from several seeds at once.
 
     Args:
         problem: the problem.
@@ -71,25 +98,18 @@ def run(
         inertia: kappa.
         seeds: how many runs.
         with_work: whether to measure the flip work, 0 otherwise.
-        take: the next x, from x and a stochastic gradient, in place of the step of `stam`.
+        take: the next x, from x and a stochastic gradient, in place of the step of the theorems.
         quantizer: of the weights.
-        pulls: regulariser and its penalty.
-        settings: more of `stam`.
+        pulls: regularizer and its penalty.
+        project: where the projection is found.
     """
     pulls = pulls or {}
-    optimizer = stam(
-        learning_rate,
-        penalty=penalty,
-        inertia=inertia,
-        quantizer=quantizer,
-        mask=True,
-        **pulls,
-        **settings,
-    )
+    optimizer = build(learning_rate, penalty, quantizer=quantizer, inertia=inertia, project=project, **pulls)
     moved = diagnostics.effective_step(
         learning_rate, penalty=penalty, regularizer_penalty=pulls.get("regularizer_penalty", 0.0)
     )
-    model = {"penalty": (1 - inertia) * penalty, **pulls}
+    rule = everywhere(quantizer)
+    model: Any = {"penalty": (1 - inertia) * penalty, "quantizer": rule, **pulls}
 
     def one(key: jax.Array) -> Run:
         def step(carry: Any, key: jax.Array) -> Any:
@@ -110,6 +130,7 @@ def run(
                     learning_rate=learning_rate,
                     penalty=penalty,
                     inertia=inertia,
+                    quantizer=rule,
                 )
             flips = jnp.sum((x >= 0) != (new_x >= 0))
             return (new_x, new_state), (jnp.sum(residual**2), measured**2, work, flips)
@@ -122,7 +143,7 @@ def run(
             measured=jnp.mean(measured),
             work=jnp.sum(work),
             flips=jnp.sum(flips),
-            hard_loss=problem.loss(hard_params(state, x)),
+            quantized_loss=problem.loss(quantize(x if state.latent is None else state.latent, rule)),
         )
 
     keys = jax.random.split(jax.random.key(1), seeds)
@@ -132,9 +153,9 @@ def run(
 def decrease(problem: Problem, *, quantizer: Quantizer = TENSOR, **model: Any) -> float:
     """How far the objective can fall from the start, at most."""
     start = problem.start
-    state = stam(0.1, penalty=1.0, quantizer=quantizer, mask=True).init(start)
-    loss = problem.loss(start)
-    return float(diagnostics.objective(loss, state, start, **model).total) - problem.least
+    state = build(0.1, 1.0, quantizer=quantizer).init(start)
+    loss, rule = problem.loss(start), everywhere(quantizer)
+    return float(diagnostics.objective(loss, state, start, quantizer=rule, **model).total) - problem.least
 
 
 def _take_step(optimizer: optax.GradientTransformation, d: Any, state: Any, x: Any) -> Any:
@@ -170,7 +191,7 @@ def measure(name: str, inertia: float, project: str) -> dict[str, Any]:
         "work": float(np.mean(found.work)),
         "work_deviation": float(np.std(found.work, ddof=1)),
         "flips": float(np.mean(found.flips)),
-        "hard_loss": float(np.mean(found.hard_loss)),
+        "hard_loss": float(np.mean(found.quantized_loss)),
         "steps": STEPS,
         "penalty": PENALTY,
     }
@@ -179,7 +200,7 @@ def measure(name: str, inertia: float, project: str) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """The rows as a table in Markdown."""
     lines = [
-        "| problem | project | inertia | mean \\|R\\|² | bound | flip work | flips | hard loss |",
+        "| problem | project | inertia | mean \\|R\\|² | bound | flip work | flips | quantized loss |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:

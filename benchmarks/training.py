@@ -8,14 +8,14 @@ labels: they serve for timing and for nothing else.
 What is told of each network, method, precision and batch size:
 
 - images/s, from the median time of a step.
-- Utilisation: the FLOP/s of the step as a share of the peak. The FLOPs of the whole step are counted in the
+- Utilization: the FLOP/s of the step as a share of the peak. The FLOPs of the whole step are counted in the
   program as it was written, by XLA or, for devices that cannot ask it, by JAX: in the compiled one XLA cannot
   see into the libraries that GPUs call. The peak is
   the FLOP/s that a large square matrix product reaches in the same precision on this device, in the fastest
   of the same rounds, times the number of devices.
 - Memory of the step on a device, as compiled: arguments, outputs and temporaries; what is donated counts
   once. Where the backend keeps count, also the most bytes ever in use on a device since the process began.
-- The optimiser's share: the time of the update and its application alone, divided by that of the step.
+- The optimizer's share: the time of the update and its application alone, divided by that of the step.
 - The ratio to the same step with the method "float", which is weight decay and `optax`'s SGD with momentum.
 - With `--scan`: the time per step where some steps are scanned inside one call, as a ratio to single steps.
 """
@@ -150,7 +150,7 @@ def random_state(trainer: "Trainer") -> Any:
 
 
 def update_timer(trainer: "Trainer", steps: int) -> Callable[[], float]:
-    """Times the optimiser alone: the update and its application."""
+    """Times the optimizer alone: the update and its application."""
     state = random_state(trainer)
     gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e-3), state.params)
 
@@ -355,7 +355,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
         "used",
         "step MB",
         "ever MB",
-        "optimiser",
+        "optimizer",
         "ratio",
         "least",
         "most",

@@ -134,12 +134,8 @@ def _linked(match: re.Match[str]) -> str:
     name = match[2] and match[2].removeprefix("stam_jax.")
     if not name or name.split(".")[0] not in stam_jax.__all__:
         return match[0]
-    place = f"stam_jax.{name}"
-    # A function in a module of its own name is explained as that module's.
-    if getattr(getattr(stam_jax, name, None), "__module__", None) == place:
-        place += f".{name}"
     # Optional, for some names are none but look like one: a field, a method, a module.
-    return f'<autoref identifier="{place}" optional>{match[0]}</autoref>'
+    return f'<autoref identifier="stam_jax.{name}" optional>{match[0]}</autoref>'
 
 
 def _notebook(content: str, page: Page, files: Files) -> str:

@@ -10,8 +10,9 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from stam_jax import (
-    Binary,
+from stam_jax import Binary, Quantizer, Ternary, schedules
+from stam_jax.quantizers import levels_of, nearest
+from stam_jax.relaxations import (
     Hard,
     HardFrom,
     L1Distance,
@@ -20,16 +21,14 @@ from stam_jax import (
     Relaxation,
     ScaledTanh,
     SquaredDistance,
-    Ternary,
-    schedules,
 )
 
 STEPS = 100
-# The stages, in steps of the anneal, with colours of Okabe and Ito's, which colour-blind readers tell apart.
+# The stages, in steps of the anneal, with colors of Okabe and Ito's, which color-blind readers tell apart.
 STAGES = {0: "#56B4E9", 33: "#009E73", 67: "#D55E00", 100: "#000000"}
 QUANTIZERS = {
-    "Binary: levels \N{MINUS SIGN}1 and +1": Binary(scale=None),
-    "Ternary: levels \N{MINUS SIGN}1, 0 and +1": Ternary(scale=None),
+    "Binary: levels \N{MINUS SIGN}1 and +1": Binary(axis=(), scale=1.0),
+    "Ternary: levels \N{MINUS SIGN}1, 0 and +1": Ternary(axis=(), scale=1.0),
 }
 
 _lam = schedules.geometric(0.1, growth=1.07)
@@ -76,7 +75,7 @@ def draw(path: Path) -> None:
                     color="#444444",
                 )
             for axes in panels[-1]:
-                axes.set_xlabel("float weight w")
+                axes.set_xlabel("latent weight w")
             for axes in panels[:, 0]:
                 axes.set_ylabel("relaxed weight x")
         lines = [halves[0].axes[0].plot([], [], color=c, linewidth=2.2)[0] for c in STAGES.values()]
@@ -93,23 +92,24 @@ def draw(path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _panel(axes: Any, relaxation: Relaxation, quantizer: Binary | Ternary) -> None:
-    """One relaxation over one quantised set, a line per stage."""
+def _panel(axes: Any, relaxation: Relaxation, quantizer: Quantizer) -> None:
+    """One relaxation over one quantized set, a line per stage."""
     w = jnp.linspace(-2, 2, 2000)
-    for level in quantizer.levels(w).ravel().tolist():
-        axes.axhline(level, color="#BBBBBB", linewidth=0.8, zorder=0)
-    for stage, colour in STAGES.items():
-        x = relaxation.at(stage)(w, quantizer.project(w), lambda: quantizer.levels(w))
-        _curve(axes, np.asarray(w), np.asarray(x), colour)
+    levels = levels_of(quantizer, w)
+    for level in levels:
+        axes.axhline(level.item(), color="#BBBBBB", linewidth=0.8, zorder=0)
+    for stage, color in STAGES.items():
+        x = relaxation.at(stage)(w, nearest(w, levels), levels)
+        _curve(axes, np.asarray(w), np.asarray(x), color)
     axes.set(xlim=(-2, 2), ylim=(-2.1, 2.1), xticks=range(-2, 3), yticks=range(-2, 3))
 
 
-def _curve(axes: Any, w: np.ndarray, x: np.ndarray, colour: str) -> None:
+def _curve(axes: Any, w: np.ndarray, x: np.ndarray, color: str) -> None:
     """A line that is thin and dotted where it jumps."""
     jumps = np.flatnonzero(np.abs(np.diff(x)) > 0.05)
-    axes.plot(np.insert(w, jumps + 1, np.nan), np.insert(x, jumps + 1, np.nan), color=colour, linewidth=1.8)
+    axes.plot(np.insert(w, jumps + 1, np.nan), np.insert(x, jumps + 1, np.nan), color=color, linewidth=1.8)
     for i in jumps:
-        axes.plot(w[i : i + 2], x[i : i + 2], color=colour, linewidth=0.8, linestyle=":")
+        axes.plot(w[i : i + 2], x[i : i + 2], color=color, linewidth=0.8, linestyle=":")
 
 
 def _values(number: str, schedule: Callable[[int], Any]) -> str:

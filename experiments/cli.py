@@ -23,6 +23,7 @@ from experiments.config import (
     StoppedError,
     TableSettings,
     TrainSettings,
+    updated,
 )
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -177,7 +178,7 @@ def export(
     output
         File to write, replaced if it is there; or folder, which must be new or empty.
     license_
-        Licence that the folder's model card names; by default none.
+        License that the folder's model card names; by default none.
     """
     from experiments import export as exporting
 
@@ -247,10 +248,10 @@ def _application() -> App:
         sources = []
         if config is not None:
             try:
-                json.loads(config.read_text())
-            except (OSError, ValueError) as error:
+                values = updated(json.loads(config.read_text()))
+            except (OSError, ValueError, AttributeError) as error:
                 raise SettingsError(f"--config: cannot read {config}: {error}") from error
-            sources.append(cyclopts_config.Json(config, must_exist=True, use_commands_as_keys=False))
+            sources.append(cyclopts_config.Dict(values, source=str(config), use_commands_as_keys=False))
         if recipe is not None:
             known = sorted(path.stem for path in RECIPES.glob("*.toml"))
             if recipe not in known:

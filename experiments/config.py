@@ -98,7 +98,7 @@ class Recipe:
     exclude: Annotated[
         tuple[str, ...], Parameter(consume_multiple=True, negative="", allow_leading_hyphen=False)
     ] = ()
-    """Kernels to leave in float: "first", "last", or patterns of paths such as "blocks/0/*"."""
+    """Modules to leave in float, by patterns of paths: "head", "stem" ("stages/0/0" in a VGG), "blocks/0"."""
     hard_from: Annotated[float, _SHARE] = 0.75
     """Share of the run after which the relaxed methods train the binary network itself."""
     calibration_images: Annotated[int, _COUNT] = 5000
@@ -134,25 +134,11 @@ class TrainSettings(Settings):
     relaxation: Literal["linear", "affine", "squared", "tanh"] = "linear"
     """The weights in use between float and binary (stam)."""
     inertia: Annotated[float, _SHARE] = 0.999
-    """Where the next step starts on the way from the weights in use, 0, to the float ones, 1 (stam)."""
-    inertia_rule: Literal["same", "weighted"] = "same"
-    """The same for all weights, or less of it where a weight's directions are larger than others' (stam)."""
-    anneal_inertia: tuple[Annotated[float, _SHARE], Annotated[float, _SHARE]] | None = None
-    """Shares of the run between which 1 - inertia grows by a factor, from 1e-4 at least to 1 (stam)."""
-    pull: Annotated[float, _AT_LEAST_0] = 0.0
-    """Penalty that draws float weights to those in use: divides inertia by 1 + step size times it (stam)."""
+    """Where the next step starts on the way from the weights in use, 0, to the latent ones, 1 (stam)."""
     project: Literal["first", "last"] = "last"
-    """Whether the float weights are projected before or after their step (stam)."""
-    box: Annotated[float | None, _POSITIVE] = None
-    """Largest size of a float weight (stam)."""
-    ridge: Annotated[float, _AT_LEAST_0] = 0.0
-    """Weight decay of the float weights themselves (stam)."""
-    average_from: Annotated[float | None, Parameter(validator=Number(gte=0, lt=1))] = None
-    """Share of the run from which on float weights are averaged, for the last projection (stam)."""
+    """Whether the latent weights are projected before or after their step (stam)."""
     penalty: tuple[Annotated[float, _POSITIVE], Annotated[float, _POSITIVE]] = (1e-3, 1e3)
     """Penalty at the start and at the end of the relaxed phase, growing by a factor (stam_proximal)."""
-    penalty_rule: Literal["growing", "restarted", "balanced", "layerwise"] = "growing"
-    """Growing once; three times anew; from the first number as residuals ask; by layer (stam_proximal)."""
     threshold: Annotated[float, _POSITIVE] = 0.3
     """How far a weight is drawn to its binary value in the relaxed phase, over all steps (prox_quant)."""
 
@@ -190,6 +176,28 @@ class TrainSettings(Settings):
 
 
 _SINGLE = TrainSettings()
+# Settings of earlier versions that are none any more, with the value by which they did nothing.
+_GONE = {
+    "inertia_rule": "same",
+    "anneal_inertia": None,
+    "pull": 0.0,
+    "box": None,
+    "ridge": 0.0,
+    "average_from": None,
+    "penalty_rule": "growing",
+}
+
+
+def updated(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an earlier version may have kept, as this version says them.
+
+    Those that are gone are left out where they did nothing. Where they did something they stay, and no run
+    takes them: the version that does is named by the `environment.json` beside the settings.
+    """
+    current = {name: value for name, value in values.items() if name not in _GONE or value != _GONE[name]}
+    if isinstance(values.get("exclude"), list):
+        current["exclude"] = ["head" if rule == "last" else rule for rule in values["exclude"]]
+    return current
 
 
 def parsed(values: Mapping[str, Any]) -> TrainSettings:

@@ -1,4 +1,4 @@
-"""Accuracy, of the relaxed network and of the binary one."""
+"""Accuracy, of the relaxed network and of the quantized one."""
 
 import functools
 from typing import Any
@@ -12,9 +12,11 @@ import stam_jax
 from experiments import models
 from experiments.data import Split
 from experiments.devices import Layout
-from stam_jax.packing import contained
+from experiments.optimizers import Quantizers
 
 _BATCH = 500
+# What the scales of a quantized leaf, fitted anew, may differ by.
+_ROUNDING = 1e-5
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "sharding"))
@@ -57,7 +59,7 @@ def batch_statistics(
     """Batch-norm statistics estimated anew for these weights.
 
     The means and variances are averages over whole batches. The images should be augmented as in training: as
-    they are, the features have another spread than the network has learnt to read.
+    they are, the features have another spread than the network has learned to read.
 
     Args:
         graph: the network's graph.
@@ -77,18 +79,22 @@ def batch_statistics(
     return total
 
 
-def checked_leaves(opt_state: Any, params: Any) -> dict[str, stam_jax.QuantizedLeaf]:
-    """`stam_jax.quantized_leaves`, once every one is seen to hold two values per scale group.
+def quantized(params: Any, quantizer: Quantizers) -> tuple[Any, dict[str, jax.Array]]:
+    """The quantized network, and its quantized leaves by path, once they are seen to be quantized.
 
     Raises:
-        AssertionError: if one does not.
+        AssertionError: if one is not: if it has more values per scale than its quantizer has levels.
     """
-    leaves = stam_jax.quantized_leaves(opt_state, params)
-    # Not in the program that makes them: what is checked are the numbers that it put out.
-    held = contained(
-        [leaf.hard for leaf in leaves.values()], tuple(leaf.quantizer for leaf in leaves.values())
-    )
-    for (name, leaf), holds in zip(leaves.items(), held, strict=True):
-        if not holds:
-            raise AssertionError(f"{name} is not binary: {np.unique(np.asarray(leaf.hard))[:5]}...")
-    return leaves
+    network = stam_jax.quantize(params, quantizer)
+    # Of the numbers that were put out: their scales, fitted anew, leave nothing to move.
+    rows = stam_jax.tabulate(network, quantizer).rows
+    leaves = {
+        row.path: leaf
+        for row, leaf in zip(rows, jax.tree.leaves(network), strict=True)
+        if row.quantizer is not None
+    }
+    for row in rows:
+        if row.gap is not None and not row.gap < _ROUNDING:
+            values = np.unique(np.asarray(leaves[row.path]))
+            raise AssertionError(f"{row.path} is not quantized: {values[:5]}...")
+    return network, leaves

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
+from safetensors import safe_open
 
 import stam_jax
 from experiments import convolutions, grid, stored
 from experiments.config import DatasetName, Form, Reading, SettingsError
 from experiments.stored import Stored
-from stam_jax import packed_files
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # How many images an ONNX file is checked on, and how far a logit may be from JAX's.
@@ -113,7 +113,7 @@ def export(
             size = _write(output, _checked_onnx(network, reading, console))
         case "folder":
             size = write_folder(network, path, output, license_name)
-    whole = stam_jax.report(network.tree).bytes_whole
+    whole = stored.tabulate(network.tree).nbytes_whole
     console.print(
         f"Written: {output}, {size:,} bytes; the network's arrays whole are {whole:,}.",
         soft_wrap=True,
@@ -173,7 +173,7 @@ def _write(output: Path, contents: bytes) -> int:
 
 
 def stablehlo(network: Stored) -> bytes:
-    """A network as a serialised `jax.export.Exported`, for CPUs, NVIDIA GPUs and TPUs.
+    """A network as a serialized `jax.export.Exported`, for CPUs, NVIDIA GPUs and TPUs.
 
     It maps images of bytes, [batch, height, width, channels] with any batch, to logits. Its kernels are
     constants of packed bits, which it unpacks as it runs.
@@ -307,18 +307,27 @@ def write_folder(network: Stored, path: Path, output: Path, license_name: str | 
         part.mkdir()
         shutil.copyfile(path, part / MODEL)
         size = (part / MODEL).stat().st_size
-        (part / CONFIG).write_text(json.dumps(folder_config(network), indent=2) + "\n", encoding="utf-8")
+        (part / CONFIG).write_text(
+            json.dumps(folder_config(network, part / MODEL), indent=2) + "\n", encoding="utf-8"
+        )
         (part / CARD).write_text(model_card(network, size, license_name), encoding="utf-8")
     return size
 
 
-def folder_config(network: Stored) -> dict[str, Any]:
-    """What a program has to know to use the packed file."""
+def folder_config(network: Stored, path: Path) -> dict[str, Any]:
+    """What a program has to know to use the packed file.
+
+    Args:
+        network: which the file holds.
+        path: of the file.
+    """
     images = network.images
+    with safe_open(path, "numpy") as file:
+        said = json.loads(file.metadata()["stam_jax"])  # As docs/format.md has it.
     return {
         "library_name": "stam_jax",
         "library_version": stam_jax.__version__,
-        "format_version": packed_files.VERSION,
+        "format_version": said["version"],
         "architecture": network.model,
         "width": network.width,
         "precision": network.precision,
@@ -343,20 +352,18 @@ def _leaves(network: Stored) -> list[Any]:
 
 
 def _quantizers(network: Stored) -> list[dict[str, Any]]:
-    """Every quantiser of the network, with its options; most networks have one."""
-    used: Any = dict.fromkeys(x.quantizer for x in _leaves(network) if isinstance(x, stam_jax.Packed))
+    """Every quantizer of the network, with its options; most networks have one."""
+    packed = (x for x in _leaves(network) if isinstance(x, stam_jax.Packed))
+    used: Any = dict.fromkeys((x.quantizer, x.bits) for x in packed)
     return [
-        {"name": type(quantizer).__name__, "bits": quantizer.bits, **dataclasses.asdict(quantizer)}
-        for quantizer in used
+        {"name": type(quantizer).__name__, "bits": bits, **dataclasses.asdict(quantizer)}
+        for quantizer, bits in used
     ]
 
 
 def binary_share(network: Stored) -> float:
     """The share of the weights that take one bit."""
-    sizes = [
-        (math.prod(x.shape), isinstance(x, stam_jax.Packed) and x.quantizer.bits == 1)
-        for x in _leaves(network)
-    ]
+    sizes = [(math.prod(x.shape), isinstance(x, stam_jax.Packed) and x.bits == 1) for x in _leaves(network)]
     return sum(size for size, binary in sizes if binary) / sum(size for size, _ in sizes)
 
 
@@ -384,7 +391,7 @@ def model_card(network: Stored, size: int, license_name: str | None) -> str:
         share=f"{binary_share(network):.1%}",
         file=MODEL,
         size=f"{size:,}",
-        whole=f"{stam_jax.report(network.tree).bytes_whole:,}",
+        whole=f"{stored.tabulate(network.tree).nbytes_whole:,}",
         shape=", ".join(map(str, network.images.shape)),
         brightest=network.images.brightest,
     )

@@ -9,7 +9,7 @@ import numpy as np
 from experiments.models import EPSILON
 from stam_jax import Binary, Packed
 
-_SIGNS = Binary(scale=None)
+_SIGNS = Binary(scale=1.0)
 
 
 def fold(tree: dict[str, Any]) -> dict[str, Any]:
@@ -58,10 +58,8 @@ def _has_channel_scales(kernel: Any) -> bool:
     """Whether a kernel has at most one scale for each output channel, its last axis."""
     if not isinstance(kernel, Packed) or not isinstance(kernel.quantizer, Binary):
         return False
-    scale, axis = kernel.quantizer.scale, kernel.quantizer.axis
-    return scale in (None, "tensor") or (
-        scale == "channel" and axis % len(kernel.shape) == len(kernel.shape) - 1
-    )
+    *rest, channels = np.shape(kernel.scales)
+    return set(rest) <= {1} and channels in (1, kernel.shape[-1])
 
 
 def _folded_pair(kernel: Packed, norm: dict[str, Any], stats: dict[str, Any]) -> tuple[Any, Any]:

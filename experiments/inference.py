@@ -19,33 +19,31 @@ from experiments.devices import Layout
 Row = Mapping[str, Any]
 
 
-def inspect(path: Path, console: Console) -> stam_jax.Report:
+def inspect(path: Path, console: Console) -> None:
     """Print what a packed file holds, and what it says of itself.
 
     Raises:
         SettingsError: if it cannot be read.
     """
     try:
-        tree, metadata = stam_jax.load_packed(path), stam_jax.packed_metadata(path)
+        table, metadata = stored.tabulate(stam_jax.load_packed(path)), stam_jax.packed_metadata(path)
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}.") from error
-    except stam_jax.PackedFileError as error:
+    except ValueError as error:
         raise SettingsError(str(error)) from error
-    report = stam_jax.report(tree)
-    console.print(str(report), soft_wrap=True, highlight=False, markup=False)
+    console.print(str(table), soft_wrap=True, highlight=False, markup=False)
     said = {name: value for name, value in metadata.items() if not isinstance(value, dict | list)}
     # What a file says of itself may hold what a terminal obeys.
     words = ", ".join(f"{name} {value}" for name, value in said.items())
     words = "".join(letter if letter.isprintable() else "?" for letter in words)
     size = path.stat().st_size
     console.print(
-        f"The file has {size:,} bytes, {report.bytes_whole / size:.1f} times less than its arrays whole. "
+        f"The file has {size:,} bytes, {table.nbytes_whole / size:.1f} times less than its arrays whole. "
         f"It says of itself: {words or 'nothing'}.",
         soft_wrap=True,
         highlight=False,
         markup=False,
     )
-    return report
 
 
 def predict(path: Path, pictures: Sequence[Path], console: Console) -> list[Row]:
@@ -74,7 +72,7 @@ def predict(path: Path, pictures: Sequence[Path], console: Console) -> list[Row]
 
 
 def read_picture(path: Path, images: Images) -> np.ndarray:
-    """A picture from a file as a network reads it: resized, in grey where it knows no colours, as bytes.
+    """A picture from a file as a network reads it: resized, in gray where it knows no colors, as bytes.
 
     Raises:
         SettingsError: if it cannot be read.

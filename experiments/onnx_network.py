@@ -99,7 +99,8 @@ def _weights(graph: _Graph, name: str, value: Any, axes: tuple[int, ...]) -> str
     if not isinstance(value, stam_jax.Packed):
         return graph.constant(name, np.transpose(np.asarray(value), axes))
     scales = np.asarray(value.scales, np.float32)
-    if not isinstance(value.quantizer, stam_jax.Binary) or scales.ndim != len(value.shape):
+    has_groups = any(count not in (1, n) for count, n in zip(scales.shape, value.shape, strict=True))
+    if not isinstance(value.quantizer, stam_jax.Binary) or has_groups:
         raise SettingsError(
             f"--to onnx: {name} is packed by {value.quantizer!r}; only binary weights with a scale per "
             "channel or layer, or none, can be unpacked in ONNX."

@@ -1,47 +1,59 @@
-"""The methods under comparison, at their settings, as Optax optimisers."""
+"""The methods under comparison, at their settings, as Optax optimizers."""
 
 import math
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import stam_jax
-from experiments import averaging, balance, weighted
 from experiments.config import SettingsError, TrainSettings
+from stam_jax import relaxations, schedules
+
+Quantizers = Mapping[str, stam_jax.Binary | None]
 
 
-def choose(params: Any, settings: TrainSettings) -> stam_jax.Selection:
-    """The kernels to quantise: all but those excluded.
+def choose(params: Any, settings: TrainSettings) -> Quantizers:
+    """What is quantized, and how: every kernel but those excluded, by patterns as `stam_jax.stam` takes them.
+
+    Args:
+        params: the weights of the network; shapes alone do.
+        settings: of the run.
 
     Raises:
-        SettingsError: if a rule of `settings.exclude` does not fit the network, or nothing is left.
+        SettingsError: if a pattern of `settings.exclude` matches nothing, or no kernel is left.
     """
+    scales = {
+        "channel": stam_jax.Binary(),
+        "tensor": stam_jax.Binary(axis=()),
+        "none": stam_jax.Binary(scale=1.0),
+    }
+    float_instead = "For a float network use --method float."
+    if "*" in settings.exclude:
+        raise SettingsError(f"--exclude: '*' leaves no kernel binary. {float_instead}")
+    quantizers = dict.fromkeys(settings.exclude) | {"*": scales[settings.scale]}
     try:
-        selection = stam_jax.select(params, exclude=settings.exclude)
+        stam_jax.tabulate(params, quantizers)
     except ValueError as error:
-        raise SettingsError(f"--exclude: {error}") from error
-    if not any(row.quantized for row in selection.rows):
-        raise SettingsError(
-            "--exclude: that leaves no kernel binary; for a float network use --method float."
-        )
-    return selection
+        raise SettingsError(f"--exclude: {error} {float_instead}") from error
+    return quantizers
 
 
-def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int, epoch: int) -> Any:
-    """The optimiser of a run.
+def build(settings: TrainSettings, quantizer: Quantizers, *, steps: int, epoch: int) -> Any:
+    """The optimizer of a run.
 
     Args:
         settings: of the run.
-        selection: the leaves to quantise.
+        quantizer: what is quantized, and how; see `choose`.
         steps: steps of the whole run.
         epoch: steps of one epoch.
 
     Returns:
-        An `optax.GradientTransformation`: weight decay and momentum, the same for all methods but Bop, whose
-        binary weights take plain gradients; then the method with a schedule of the step size.
+        An `optax.GradientTransformation`: weight decay of the weights in use and SGD with momentum, the same
+        for all methods but Bop, whose binary weights take plain gradients; and the method, behind SGD or
+        around it.
 
     Raises:
         SettingsError: if the step size is to fall after an epoch that the run does not have, or a setting is
@@ -49,89 +61,66 @@ def build(settings: TrainSettings, selection: stam_jax.Selection, *, steps: int,
     """
     _check_method_has_its_own(settings)
     learning_rate = _warmed_up(_schedule(settings, steps=steps, epoch=epoch), settings, epoch=epoch)
-    scale = None if settings.scale == "none" else settings.scale
-    common = {"quantizer": stam_jax.Binary(scale=scale), "mask": selection}
     hard_from = max(round(settings.hard_from * steps), 1)
-    momentum = optax.trace(settings.momentum, nesterov=settings.nesterov)
-    decay = optax.add_decayed_weights(settings.weight_decay, mask=lambda p: stam_jax.select(p).mask)
+    momentum = {"momentum": settings.momentum, "nesterov": settings.nesterov}
+    # Of the leaves of these networks kernels alone have two axes and more.
+    is_kernel = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    decay = optax.add_decayed_weights(settings.weight_decay, mask=is_kernel)
+    sgd = optax.sgd(learning_rate, **momentum)
+    common = {"quantizer": quantizer}
     match settings.method:
         case "float":
-            method = optax.scale_by_learning_rate(learning_rate)
+            return optax.chain(decay, sgd)
         case "binary_connect":
-            method = stam_jax.binary_connect(learning_rate, **common)
+            method = stam_jax.binary_connect(**common)
         case "straight_through":
-            method = stam_jax.straight_through(learning_rate, clip=None, **common)
+            return optax.chain(decay, stam_jax.straight_through(sgd, clip=math.inf, **common))
         case "straight_through_clipped":
-            # The estimator gates the gradient before it becomes momentum.
-            gated = stam_jax.straight_through(learning_rate, inner=momentum, **common)
-            return optax.chain(decay, gated)
+            return optax.chain(decay, stam_jax.straight_through(sgd, **common))
         case "binary_relax":
             # The paper's 200 epochs, told in shares of the run: the strength ends phase I at 1.04^150.
             method = stam_jax.binary_relax(
-                learning_rate,
-                growth_every=epoch,
-                growth=1.04 ** (200 / settings.epochs),
-                hard_from=hard_from,
-                **common,
+                growth_every=epoch, growth=1.04 ** (200 / settings.epochs), hard_from=hard_from, **common
             )
         case "prox_quant":
             relaxed = jnp.arange(hard_from)
-            growth = settings.threshold / max(
-                float(jnp.vdot(jax.vmap(learning_rate)(relaxed), relaxed)), 1e-9
-            )
-            method = stam_jax.prox_quant(learning_rate, growth=growth, hard_from=hard_from, **common)
+            area = max(float(jnp.vdot(jax.vmap(learning_rate)(relaxed), relaxed)), 1e-9)
+            growth = settings.threshold / area
+            threshold = lambda count: learning_rate(count) * growth * count
+            method = stam_jax.prox_quant(threshold=threshold, hard_from=hard_from, **common)
         case "parq":
-            method = stam_jax.parq(learning_rate, hard_from=hard_from, **common)
+            method = stam_jax.parq(hard_from=hard_from, **common)
         case "md_tanh":
             method = stam_jax.md_tanh(
-                learning_rate,
-                growth=100 ** (epoch / hard_from),
-                growth_every=epoch,
-                hard_from=hard_from,
-                **common,
+                growth=100 ** (epoch / hard_from), growth_every=epoch, hard_from=hard_from, **common
             )
         case "admm_quant":
-            method = stam_jax.admm_quant(
-                learning_rate, penalty=1.0, dual_every=epoch, hard_from=hard_from, **common
-            )
+            admm = stam_jax.admm_quant(sgd, penalty=1.0, dual_every=epoch, hard_from=hard_from, **common)
+            return optax.chain(decay, admm)
         case "bop":
-            flips = stam_jax.bop(learning_rate, adaptivity=1e-3, threshold=1e-4, **common)
-            rest = optax.chain(decay, momentum, optax.scale_by_learning_rate(learning_rate))
-            kinds = jax.tree.map(lambda chosen: "binary" if chosen else "float", selection.mask)
-            return optax.partition({"binary": flips, "float": rest}, kinds)
+            return stam_jax.bop(optax.chain(decay, sgd), adaptivity=1e-3, threshold=1e-4, **common)
         case "linear_blend":
             # As the relaxation of BinaryRelax is in torchao.
-            blend = stam_jax.LinearBlend(stam_jax.schedules.linear_to_hard(hard_from))
-            method = stam_jax.stam(learning_rate, relaxation=blend, inertia=1.0, **common)
+            method = stam_jax.stam(hard_from=hard_from, inertia=1.0, **common)
         case "stam_proximal":
-            method = _proximal(settings, learning_rate, selection, hard_from=hard_from, epoch=epoch, **common)
+            first, last = settings.penalty
+            grown = schedules.geometric(first, growth=(last / first) ** (1 / hard_from))
+            penalty = lambda count: jnp.where(count < hard_from, grown(count), jnp.inf)
+            proximal = stam_jax.stam_proximal(learning_rate, penalty, **common)
+            return optax.chain(decay, optax.trace(settings.momentum, settings.nesterov), proximal)
         case "stam":
-            method = _inertial(settings, learning_rate, hard_from=hard_from, steps=steps, **common)
-            if settings.average_from is not None:
-                begin = max(round(settings.average_from * steps), 1)
-                if settings.inertia == 0 or begin == steps:
-                    raise SettingsError(
-                        "--average-from: needs float weights, and so an --inertia above 0, and two steps at "
-                        f"least; got inertia {settings.inertia}, and {begin} of {steps} steps to begin after."
-                    )
-                method = averaging.averaged(method, begin=begin, end=steps)
-    return optax.chain(decay, momentum, method)
+            # With the linear relaxation and the projection last this is `stam_jax.stam`.
+            method = stam_jax.three_block_splitting(
+                relaxation=_relaxation(settings, hard_from),
+                inertia=settings.inertia,
+                project=settings.project,
+                **common,
+            )
+    return optax.chain(decay, sgd, method)
 
 
-_OF_STAM = (
-    "relaxation",
-    "inertia",
-    "inertia_rule",
-    "anneal_inertia",
-    "pull",
-    "project",
-    "box",
-    "ridge",
-    "average_from",
-)
-_METHOD_OF = dict.fromkeys(_OF_STAM, "stam") | {
+_METHOD_OF = dict.fromkeys(("relaxation", "inertia", "project"), "stam") | {
     "penalty": "stam_proximal",
-    "penalty_rule": "stam_proximal",
     "threshold": "prox_quant",
 }
 
@@ -149,119 +138,21 @@ def _check_method_has_its_own(settings: TrainSettings) -> None:
             raise SettingsError(f"--{option}: only with --method {method}; got --method {settings.method}.")
 
 
-def _proximal(
-    settings: TrainSettings,
-    learning_rate: optax.Schedule,
-    selection: stam_jax.Selection,
-    *,
-    hard_from: int,
-    epoch: int,
-    **common: Any,
-) -> optax.GradientTransformation:
-    """STAM without inertia."""
-    first, last = settings.penalty
-    times = 3 if settings.penalty_rule == "restarted" else 1
-    period = -(-hard_from // times)
-    grown = stam_jax.schedules.geometric(first, growth=(last / first) ** (1 / period))
-
-    def method(factor: float) -> optax.GradientTransformationExtraArgs:
-        penalty = lambda count: jnp.where(count < hard_from, factor * grown(count % period), jnp.inf)
-        return stam_jax.stam(learning_rate, penalty=penalty, **common)
-
-    match settings.penalty_rule:
-        case "growing" | "restarted":
-            return method(1.0)
-        case "balanced":
-            # Some ten looks an epoch let it grow or shrink a thousandfold within one.
-            balanced = lambda penalty: stam_jax.stam(learning_rate, penalty=penalty, **common)
-            return balance.balanced(balanced, start=first, every=max(epoch // 10, 1), hard_from=hard_from)
-        case "layerwise":
-            # By the root of the inputs: 1 over that is the scale of initial weights, but for a factor.
-            inputs = [math.prod(row.shape[:-1]) if row.quantized else 0 for row in selection.rows]
-            mean = math.fsum(map(math.sqrt, inputs)) / np.count_nonzero(inputs)
-            methods: dict[Any, optax.GradientTransformation] = {
-                count: method(math.sqrt(count) / mean) for count in inputs
-            }
-            methods[0] = optax.scale_by_learning_rate(learning_rate)
-            return optax.partition(methods, jax.tree.unflatten(jax.tree.structure(selection.mask), inputs))
-
-
-def _inertial(
-    settings: TrainSettings, learning_rate: optax.Schedule, *, hard_from: int, steps: int, **common: Any
-) -> optax.GradientTransformation:
-    """STAM with inertia.
-
-    Raises:
-        SettingsError: if the float weights are to be both in a box and decayed, or the inertia is to follow
-            two rules, or none that can be.
-    """
-    annealed = stam_jax.schedules.linear_to_hard(hard_from)
+def _relaxation(settings: TrainSettings, hard_from: int) -> relaxations.Relaxation:
+    """The map of `stam` from the latent weights and the quantized ones to the relaxed ones."""
+    annealed = schedules.linear_to_hard(hard_from)
     match settings.relaxation:
         case "linear":
-            relaxation = stam_jax.LinearBlend(annealed)
+            return relaxations.LinearBlend(annealed)
         case "affine":
-            relaxation = stam_jax.PiecewiseAffine(lambda count: 1 - annealed(count))
+            return relaxations.PiecewiseAffine(lambda count: 1 - annealed(count))
         case "squared":
             # From 1 to the strength at which BinaryRelax's paper ends phase I, 1.04^150.
-            grown = stam_jax.schedules.geometric(1.0, growth=1.04 ** (150 / hard_from))
-            relaxation = stam_jax.HardFrom(stam_jax.SquaredDistance(grown), hard_from)
+            grown = schedules.geometric(1.0, growth=1.04 ** (150 / hard_from))
+            return relaxations.HardFrom(relaxations.SquaredDistance(grown), hard_from)
         case "tanh":
-            grown = stam_jax.schedules.geometric(1.0, growth=100 ** (1 / hard_from))
-            relaxation = stam_jax.HardFrom(stam_jax.ScaledTanh(grown), hard_from)
-    if settings.ridge and settings.box is not None:
-        raise SettingsError("--box and --ridge: one of them, not both.")
-    regularizer = None
-    if settings.ridge:
-        regularizer = stam_jax.Ridge(settings.ridge)
-    elif settings.box is not None:
-        regularizer = stam_jax.Box(settings.box)
-    inertia = settings.inertia
-    is_weighted = settings.inertia_rule == "weighted"
-    if is_weighted:
-        others = [name for name in ("anneal_inertia", "pull", "average_from") if getattr(settings, name)]
-        if others:
-            raise SettingsError(f"--inertia-rule and --{others[0].replace('_', '-')}: one of them, not both.")
-        inertia = 1.0
-    elif settings.anneal_inertia is not None:
-        inertia = _annealed(settings, settings.anneal_inertia, steps)
-    elif settings.pull:
-        left = cast(optax.Schedule, stam_jax.schedules.inertia(learning_rate, pull=settings.pull))
-        inertia = lambda count: settings.inertia * left(count)
-    method = stam_jax.stam(
-        learning_rate,
-        relaxation=relaxation,
-        regularizer=regularizer,
-        inertia=inertia,
-        project=settings.project,
-        **common,
-    )
-    if is_weighted:
-        return weighted.weighted(method, inertia=settings.inertia, selection=common["mask"])
-    return method
-
-
-def _annealed(settings: TrainSettings, shares: tuple[float, float], steps: int) -> optax.Schedule:
-    """Inertia as given until one step, and none from another one on.
-
-    Raises:
-        SettingsError: if the second step does not come after the first, or a pull is given as well.
-    """
-    begin, end = (round(share * steps) for share in shares)
-    if begin >= end:
-        raise SettingsError(
-            f"--anneal-inertia: the second share should be larger, by a step at least; got {shares[0]} and "
-            f"{shares[1]} of {steps} steps."
-        )
-    if settings.pull:
-        raise SettingsError("--anneal-inertia and --pull: one of them, not both.")
-    first = max(1 - settings.inertia, 1e-4)
-    grown = stam_jax.schedules.geometric(first, growth=math.exp(-math.log(first) / (end - begin)))
-    parts = [
-        optax.constant_schedule(settings.inertia),
-        lambda count: 1 - grown(count),
-        optax.constant_schedule(0.0),
-    ]
-    return optax.join_schedules(parts, [begin, end])
+            grown = schedules.geometric(1.0, growth=100 ** (1 / hard_from))
+            return relaxations.HardFrom(relaxations.ScaledTanh(grown), hard_from)
 
 
 def _warmed_up(schedule: optax.Schedule, settings: TrainSettings, *, epoch: int) -> optax.Schedule:

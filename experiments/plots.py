@@ -45,7 +45,7 @@ def curves(path: Path, runs: Mapping[Method, Sequence[Metrics]]) -> None:
                     _line(flips, metrics, "sign_flips", **style, label=label)
     accuracy.set(title="Accuracy on validation images", ylim=_accuracy_range(runs))
     accuracy.plot([], [], color="grey", linestyle=":", label="as trained (relaxed)")
-    gap.set(title="Quantisation gap |x - y| / |y|")
+    gap.set(title="Quantization gap |x - y| / |x|")
     flips.set(title="Share of signs changed since the last point")
     for axes in (accuracy, gap, flips):
         axes.set_xlabel("epoch")

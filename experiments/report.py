@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import runs, study
+from experiments import config, runs, study
 from experiments.compare import by_method, cells, headline, percent
 from experiments.config import METHODS, SettingsError
 
@@ -161,7 +161,10 @@ def _published(results: Path, page: Path) -> Iterator[list[str]]:
             for settings, accuracy in ours
             if settings["width"] == 1
             and settings.get("training_images") is None
-            and all(settings[key] == entry[key] for key in ("model", "dataset", "exclude"))
+            and all(
+                config.updated(settings)[key] == config.updated(entry)[key]
+                for key in ("model", "dataset", "exclude")
+            )
         ]
         lines.append(
             f"| {entry['model']} | {entry['dataset']} | {_scope(entry)} | {entry['accuracy']} "

@@ -1,5 +1,6 @@
 """The folder of a run: what was run, on what, and what came of it."""
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 
 from experiments import devices
-from experiments.config import METHODS, Settings, SettingsError, TrainSettings
+from experiments.config import METHODS, Settings, SettingsError, TrainSettings, updated
 
 CONFIG, ENVIRONMENT, RESULT = "config.json", "environment.json", "result.json"
 METRICS, CURVES = "metrics.jsonl", "curves.png"
@@ -67,15 +68,15 @@ def _begin(folder: Path, settings: Settings, *, resume: bool) -> None:
     if (folder / CONFIG).is_file():
         try:
             # What was begun before a setting was thought of has its default.
-            stored = type(settings)().as_dict() | dict(read_json(folder / CONFIG))
-        except (ValueError, TypeError) as error:
+            stored = type(settings)().as_dict() | updated(read_json(folder / CONFIG))
+        except (ValueError, TypeError, AttributeError) as error:
             raise SettingsError(f"--resume: cannot read {folder / CONFIG}: {error}") from error
-        differing = [name for name in given if stored.get(name) != given[name] and name not in _MAY_GROW]
+        differing = [name for name in stored if stored[name] != given.get(name) and name not in _MAY_GROW]
         if differing:
             name = differing[0]
             raise SettingsError(
-                f"--resume: {folder} was begun with other settings: {name} was {stored.get(name)}, "
-                f"and is {given[name]} now."
+                f"--resume: {folder} was begun with other settings: {name} was {stored[name]}, "
+                f"and is {given.get(name, 'no setting')} now."
             )
         if "methods" in stored:
             given |= _grown(folder, stored, given)
@@ -163,14 +164,23 @@ def read_json(path: Path) -> Any:
 def read_settings(path: Path) -> TrainSettings:
     """The settings of a single run.
 
+    Settings that this version does not have any more are left out, whatever they did; the `environment.json`
+    beside the file names the version that ran it.
+
     Raises:
         SettingsError: if the file is missing or does not hold them.
     """
     try:
-        values = read_json(path)
-        tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        return TrainSettings(**values | tuples)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        values = updated(read_json(path))
+        known = {field.name for field in dataclasses.fields(TrainSettings)}
+        return TrainSettings(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in values.items()
+                if name in known
+            }
+        )
+    except (OSError, AttributeError, TypeError, ValueError) as error:
         raise SettingsError(f"{path} does not hold the settings of a run: {error}") from error
 
 

@@ -20,6 +20,7 @@ from experiments import devices, evaluation, files, loader, models, optimizers, 
 from experiments.checkpoints import Checkpoints
 from experiments.config import DivergedError, Execution, SettingsError, StoppedError, TrainSettings
 from experiments.data import Dataset, Split
+from stam_jax import diagnostics
 
 # How many steps the host may be ahead of the devices: enough to keep them busy, few enough to report on.
 _AHEAD = 16
@@ -34,7 +35,7 @@ class State(NamedTuple):
     Args:
         params: the weights x.
         stats: batch-norm statistics.
-        opt_state: of the optimiser; the hard weights are read from it.
+        opt_state: of the optimizer.
         loss: sum of the losses of the epoch's steps so far.
         step: steps taken.
     """
@@ -68,6 +69,18 @@ class Progress(NamedTuple):
 
     step: Callable[[int], None] = lambda step: None
     metrics: Callable[[dict[str, Any]], None] = lambda metrics: None
+
+
+class Measured(NamedTuple):
+    """A network as it is measured.
+
+    Args:
+        params: its weights.
+        stats: its batch-norm statistics, estimated anew for these weights.
+    """
+
+    params: Any
+    stats: Any
 
 
 @jax.jit
@@ -115,13 +128,13 @@ class Trainer:
         self.steps_per_epoch = dataset.train.size // settings.batch_size
         self.steps = self.steps_per_epoch * settings.epochs
         self.steps_per_call = self._steps_per_call()
-        # Neither the graph nor what is selected depends on the values of the weights.
+        # Neither the graph nor what is quantized depends on the values of the weights.
         self.graph, self._params, self._stats = models.split(
             nnx.eval_shape(lambda: self._network(jax.random.key(0)))
         )
-        self.selection = optimizers.choose(self._params, settings)
+        self.quantizer = optimizers.choose(self._params, settings)
         self.optimizer = optimizers.build(
-            settings, self.selection, steps=self.steps, epoch=self.steps_per_epoch
+            settings, self.quantizer, steps=self.steps, epoch=self.steps_per_epoch
         )
         self.layout = devices.Layout()
         self._draw = jax.jit(self._drawn, out_shardings=self.layout.whole)
@@ -313,7 +326,7 @@ class Trainer:
             folder / runs.CHECKPOINTS, None if every is None else every * self.steps_per_epoch
         )
         # The signs at the last measurement, and the seconds that were spent before, are part of it.
-        saved = {"state": state, "signs": self._signs(state), "seconds": np.zeros([])}
+        saved = {"state": state, "signs": _signs(self._quantized(state)[1]), "seconds": np.zeros([])}
         saved = checkpoints.restore(saved) or saved
         state, signs, earlier = saved["state"], saved["signs"], float(saved["seconds"])
         keys_of = lambda epoch: jax.random.split(jax.random.fold_in(key, epoch))
@@ -373,31 +386,29 @@ class Trainer:
             )
         if epoch % self.settings.measure_every and epoch < self.settings.epochs:
             return signs
-        leaves, before, signs = self._leaves(state), signs, self._signs(state)
+        hard, leaves = self._quantized(state)
+        before, signs = signs, _signs(leaves)
         metrics = {
             "epoch": epoch,
             "step": epoch * self.steps_per_epoch,
             "loss": loss,
-            **self._accuracies(state.stats, self._networks(state), self.dataset.validation),
+            **self._accuracies(state.stats, self._networks(state, hard), self.dataset.validation),
+            # |x - P(x)| / |x|; before version 0.2 it was divided by |P(x)|.
             "quantisation_gap": (
-                float(stam_jax.quantisation_gap(state.opt_state, state.params)) if leaves else None
+                float(diagnostics.quantization_gap(state.params, self.quantizer)) if leaves else None
             ),
-            "sign_flips": float(stam_jax.sign_flips(before, signs)) if leaves else None,
+            "sign_flips": float(diagnostics.sign_flips(before, signs)) if leaves else None,
             "seconds": seconds(),
         }
         recorder.append(metrics)
         progress.metrics(metrics)
         return signs
 
-    def _signs(self, state: State) -> dict[str, jax.Array]:
-        """The signs of the binary weights by name, a byte each."""
-        return _signs({name: leaf.hard for name, leaf in self._leaves(state).items()})
-
-    def _leaves(self, state: State) -> dict[str, stam_jax.QuantizedLeaf]:
-        """The binary leaves, seen to be binary; none in a float run."""
+    def _quantized(self, state: State) -> tuple[Any, dict[str, jax.Array]]:
+        """The binary network, seen to be binary, and its binary leaves by path; nothing in a float run."""
         if self.settings.method == "float":
-            return {}
-        return evaluation.checked_leaves(state.opt_state, state.params)
+            return None, {}
+        return evaluation.quantized(state.params, self.quantizer)
 
     def _calibrated(self, params: Any, stats: Any) -> Any:
         """Batch-norm statistics estimated anew for some weights."""
@@ -421,18 +432,18 @@ class Trainer:
         parts = zip(keys, np.split(images, count), strict=True)
         return np.concatenate([np.asarray(augment(key, part)) for key, part in parts])
 
-    def _networks(self, state: State) -> dict[str, tuple[Any, Any]]:
-        """The weights of the relaxed (or float) network and of the binary one.
+    def _networks(self, state: State, hard: Any) -> dict[str, Measured]:
+        """The relaxed (or float) network and the binary one, if there are its weights.
 
         Each has batch-norm statistics estimated anew for its weights, which treats all alike.
         """
-        networks = {"relaxed": state.params}
-        if self.settings.method != "float":
-            networks["hard"] = stam_jax.hard_params(state.opt_state, state.params)
-        return {name: (params, self._calibrated(params, state.stats)) for name, params in networks.items()}
+        networks = {"relaxed": state.params} | ({} if hard is None else {"hard": hard})
+        return {
+            name: Measured(params, self._calibrated(params, state.stats)) for name, params in networks.items()
+        }
 
     def _accuracies(
-        self, running: Any, networks: dict[str, tuple[Any, Any]], split: Split
+        self, running: Any, networks: dict[str, Measured], split: Split
     ) -> dict[str, float | None]:
         """Accuracy of each network, with its own statistics and with those that ran along in training."""
         measured: dict[str, float | None] = {}
@@ -454,11 +465,18 @@ class Trainer:
 
     def _judge(self, state: State, seed: int, folder: Path) -> dict[str, Any]:
         """Measure on the test images; write the weights; see that the file holds the network measured."""
-        leaves, measured = self._leaves(state), self._networks(state)
+        hard, leaves = self._quantized(state)
+        packed = None
+        if leaves:
+            # Packed from the quantized weights, as the relaxed ones of some methods are never quite hard.
+            # That fits the scales anew, to rounding, so what is measured is what was packed.
+            packed = stam_jax.pack(hard, self.quantizer)
+            hard = self.layout.everywhere(jax.device_get(stam_jax.unpack(packed)))
+        measured = self._networks(state, hard)
         row = {
             "method": self.settings.method,
             **self._accuracies(state.stats, measured, self.dataset.test),
-            "binary_share": sum(leaf.hard.size for leaf in leaves.values())
+            "binary_share": sum(leaf.size for leaf in leaves.values())
             / sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             "bytes_float": None,
             "bytes_packed": None,
@@ -466,12 +484,12 @@ class Trainer:
         if not devices.is_first():
             return row
         row["bytes_float"] = self._save_relaxed(state, folder)
-        if leaves:
+        if packed is not None:
             path = folder / runs.PACKED
             params, stats = measured["hard"]
             row["bytes_packed"] = stored.save(
                 path,
-                stam_jax.pack(state.opt_state, state.params),
+                packed,
                 stats,
                 settings=dataclasses.replace(self.settings, seed=seed),
                 images=self.dataset,

@@ -12,8 +12,8 @@ import optax
 
 from stam_jax import _assignment, _paths
 from stam_jax._assignment import Assigned, Quantizers
-from stam_jax.packing._packed import Packed, gap_of, is_packed
-from stam_jax.quantizers import Binary, Quantizer, bits_per_weight
+from stam_jax.packing._packed import Packed, gap_of, is_packed, layout
+from stam_jax.quantizers import Binary, Quantizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _row(path: str, assigned: Assigned) -> Row:
             if has_values
             else None
         )
-    row_bits = (shape[-1] if shape else 1) * bits_per_weight(quantizer, shape)
+    row_bits = (shape[-1] if shape else 1) * layout(quantizer, shape).bits
     codes = 8 * -(-row_bits // 8) * math.prod(shape[:-1])
     bits = codes + 8 * scales.size * np.dtype(scales.dtype).itemsize
     return Row(path, shape, quantizer, scales.size, bits, whole, gap, rule)

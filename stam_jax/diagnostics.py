@@ -6,7 +6,6 @@ are the minima over y and z.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,31 +14,14 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from stam_jax import _assignment, _numbers, _paths
 from stam_jax._assignment import Quantizers, quantized_leaves
 from stam_jax._numbers import ScalarOrSchedule
 from stam_jax._splitting import SplittingState, check_state
 from stam_jax.quantizers import Binary, wide
-from stam_jax.regularizers import HasValue, Regularizer
-
-
-@jax.jit
-def _relative_distance(pairs: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    """|x - y| / |x| over all pairs of x and y."""
-    distance = norm = jnp.zeros([], jnp.float32)
-    for x, y in pairs:
-        x = x.astype(wide(x.dtype))
-        distance += jnp.sum(jnp.square(x - y.astype(x.dtype)))
-        norm += jnp.sum(jnp.square(x))
-    return jnp.where(distance == 0, 0.0, jnp.sqrt(distance / jnp.where(norm == 0, 1, norm)))
-
-
-@jax.jit
-def _differing_signs(before: list[jax.Array], after: list[jax.Array]) -> jax.Array:
-    """How many signs differ, over all arrays."""
-    differ = lambda a, b: jnp.sum((jnp.asarray(a) >= 0) != (jnp.asarray(b) >= 0))
-    return jnp.asarray(sum(map(differ, before, after)), jnp.float32)
+from stam_jax.regularizers import Regularizer
 
 
 def quantization_gap(params: Any, quantizer: Quantizers = Binary()) -> jax.Array:
@@ -53,7 +35,7 @@ def quantization_gap(params: Any, quantizer: Quantizers = Binary()) -> jax.Array
         quantizer: what is quantized, and how, as in `stam`.
 
     Returns:
-        A scalar of at least 0.
+        A scalar of at least 0, infinite where x is 0 and its projection is not.
 
     Raises:
         ValueError, TypeError: as `quantize`.
@@ -66,7 +48,20 @@ def quantization_gap(params: Any, quantizer: Quantizers = Binary()) -> jax.Array
     """
     quantized = quantized_leaves("quantization_gap", quantizer, params)
     weights = _paths.named_leaves(params)
-    return _relative_distance([(jnp.asarray(weights[path]), y) for path, y in quantized.items()])
+    return _relative_distance({path: jnp.asarray(weights[path]) for path in quantized}, quantized)
+
+
+@jax.jit
+def _relative_distance(weights: dict[str, jax.Array], quantized: dict[str, jax.Array]) -> jax.Array:
+    """|x - y| / |x| over all leaves together."""
+    x, y = _widened(weights), _widened(quantized)
+    distance = optax.tree.norm(jax.tree.map(jnp.subtract, x, y))
+    return distance / jnp.where(distance == 0, 1, optax.tree.norm(x))
+
+
+def _widened(tree: Any) -> Any:
+    """The leaves in float32 at least."""
+    return jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)), tree)
 
 
 def sign_flips(before: Any, after: Any) -> jax.Array:
@@ -89,21 +84,20 @@ def sign_flips(before: Any, after: Any) -> jax.Array:
         >>> print(diagnostics.sign_flips([jnp.array([1.0, -1.0])], [jnp.array([1.0, 1.0])]))
         0.5
     """
+    structures = jax.tree.structure(before), jax.tree.structure(after)
+    if structures[0] != structures[1]:
+        raise ValueError(f"sign_flips: the structures {structures[0]} and {structures[1]} differ.")
 
-    def check(a: jax.Array, b: jax.Array) -> None:
+    def differing(a: jax.Array, b: jax.Array) -> jax.Array:
         if jnp.shape(a) != jnp.shape(b):
             raise ValueError(f"sign_flips: the shapes {jnp.shape(a)} and {jnp.shape(b)} differ.")
         for dtype in (jnp.result_type(a), jnp.result_type(b)):
             if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.signedinteger):
                 raise TypeError(f"sign_flips: arrays of dtype {dtype} have no sign.")
+        return jnp.sum((jnp.asarray(a) >= 0) != (jnp.asarray(b) >= 0))
 
-    structures = jax.tree.structure(before), jax.tree.structure(after)
-    if structures[0] != structures[1]:
-        raise ValueError(f"sign_flips: the structures {structures[0]} and {structures[1]} differ.")
-    leaves = jax.tree.leaves(before), jax.tree.leaves(after)
-    for a, b in zip(*leaves, strict=True):
-        check(a, b)
-    return _differing_signs(*leaves) / max(sum(map(jnp.size, leaves[1])), 1)
+    flips = optax.tree.sum(jax.tree.map(differing, before, after))
+    return jnp.asarray(flips, jnp.float32) / max(optax.tree.size(before), 1)
 
 
 class Terms(NamedTuple):
@@ -139,9 +133,9 @@ def residual(
     opt_state: Any,
     params: Any,
     *,
-    penalty: jax.typing.ArrayLike = 0.0,
+    penalty: ArrayLike = 0.0,
     regularizer: Regularizer | None = None,
-    regularizer_penalty: jax.typing.ArrayLike = math.inf,
+    regularizer_penalty: ArrayLike = 0.0,
     quantizer: Quantizers = Binary(),
 ) -> Residual:
     r"""The theorem's distance from stationarity, $|R|$ with $R = \nabla f(x) + \rho (x - y) + \tau (x - z)$.
@@ -161,8 +155,7 @@ def residual(
         penalty: $\rho$ of `stam_proximal`. With inertia $\kappa$ the pull that is left is $(1 - \kappa)\rho$:
             give that, 0 for the methods with inertia 1.
         regularizer: h of `stam_proximal`; None for none.
-        regularizer_penalty: $\tau$ of `stam_proximal`, finite where there is a regularizer. (A traced
-            infinity gives NaN.)
+        regularizer_penalty: $\tau$ of `stam_proximal`, above 0 where there is a regularizer.
         quantizer: what is quantized, and how, as in `stam`.
 
     Returns:
@@ -170,8 +163,8 @@ def residual(
 
     Raises:
         ValueError: as `quantize`; for a state that holds no `SplittingState`, or of other parameters; for
-            gradients that do not match the parameters; for a negative or infinite `penalty`; for a
-            regularizer that is enforced exactly, where $\tau$ is infinite.
+            gradients that do not match the parameters; for a penalty that is negative or infinite; for a
+            regularizer without a penalty.
 
     Example:
         >>> import jax.numpy as jnp
@@ -187,32 +180,25 @@ def residual(
         docs/theory.md.
     """
     _check_model("residual", penalty, regularizer, regularizer_penalty)
-    if regularizer is not None and not _is_traced(regularizer_penalty) and np.isinf(regularizer_penalty):
-        raise ValueError(
-            "residual: regularizer_penalty must be finite where there is a regularizer; with inf it is "
-            "enforced exactly, and the residual is not defined."
-        )
-    directions = _matching("residual", gradients, params)
+    _paths.check_alike("residual", gradients, "gradients", params)
     points = _points("residual", quantizer, opt_state, params)
-    weights = _paths.named_leaves(params)
-    return _residual(weights, directions, points, penalty, regularizer_penalty, regularizer)
+    return _residual(_paths.named_leaves(gradients), points, penalty, regularizer_penalty, regularizer)
 
 
 def objective(
-    loss: jax.typing.ArrayLike,
+    loss: ArrayLike,
     opt_state: Any,
     params: Any,
     *,
-    penalty: jax.typing.ArrayLike = 0.0,
+    penalty: ArrayLike = 0.0,
     regularizer: Regularizer | None = None,
-    regularizer_penalty: jax.typing.ArrayLike = math.inf,
+    regularizer_penalty: ArrayLike = 0.0,
     quantizer: Quantizers = Binary(),
 ) -> Terms:
     r"""The objective $\Phi$ and its three terms: $f(x)$, $(\rho/2)|x-y|^2$ and $h(z) + (\tau/2)|x-z|^2$.
 
-    y lies in the quantized set, so its own term g is 0. With $\tau = \infty$ the regularizer acts on x
-    itself, z = x. With constant finite penalties, the projection first, and without noise and inertia, it
-    falls at every step of `stam_proximal` whose learning rate is at most 1 / L.
+    y lies in the quantized set, so its own term g is 0. With constant penalties and without noise it falls at
+    every step of `stam_proximal` whose learning rate is at most 1 / L.
 
     Args:
         loss: f(x), the loss at `params`, a scalar.
@@ -220,15 +206,14 @@ def objective(
         params: the parameters x it belongs to.
         penalty: $\rho$ of `stam_proximal`; with inertia, as in `residual`.
         regularizer: h of `stam_proximal`, with a method `value`; None for none.
-        regularizer_penalty: $\tau$ of `stam_proximal`.
+        regularizer_penalty: as in `residual`.
         quantizer: what is quantized, and how, as in `stam`.
 
     Returns:
         The `Terms`, in float32 at least.
 
     Raises:
-        ValueError: as `quantize`; for a state that holds no `SplittingState`, or of other parameters; for a
-            negative or infinite `penalty`.
+        ValueError: as `residual`.
         TypeError: for a regularizer without `value`.
 
     Example:
@@ -246,8 +231,7 @@ def objective(
     if regularizer is not None:
         _numbers.check_has("objective", "regularizer", regularizer, "prox", "value")
     points = _points("objective", quantizer, opt_state, params)
-    weights = _paths.named_leaves(params)
-    return _objective(loss, weights, points, penalty, regularizer_penalty, regularizer)
+    return _objective(jnp.asarray(loss), points, penalty, regularizer_penalty, regularizer)
 
 
 def flip_work(
@@ -256,9 +240,9 @@ def flip_work(
     before: tuple[Any, Any],
     after: tuple[Any, Any],
     *,
-    learning_rate: jax.typing.ArrayLike,
-    penalty: jax.typing.ArrayLike,
-    inertia: jax.typing.ArrayLike = 0.0,
+    learning_rate: ArrayLike,
+    penalty: ArrayLike,
+    inertia: ArrayLike = 0.0,
     quantizer: Quantizers = Binary(),
 ) -> jax.Array:
     r"""What it cost to move the quantized weights in one step, $J_k$ of the theorem with inertia.
@@ -323,16 +307,17 @@ def flip_work(
     _numbers.check("flip_work", "learning_rate", learning_rate, finite=True, schedule=False)
     _numbers.check("flip_work", "penalty", penalty, finite=True, schedule=False)
     _numbers.check("flip_work", "inertia", inertia, high=1.0, schedule=False)
-    directions = _matching("flip_work", gradients, before[1])
-    states = [_points("flip_work", quantizer, *pair) for pair in (before, after)]
-    return _flip_work(before[1], after[1], directions, *states, learning_rate, penalty, inertia, loss)
+    _paths.check_alike("flip_work", gradients, "gradients", before[1])
+    points = [_points("flip_work", quantizer, *pair) for pair in (before, after)]
+    directions = _paths.named_leaves(gradients)
+    return _flip_work(after[1], directions, *points, learning_rate, penalty, inertia, loss)
 
 
 def effective_step(
-    learning_rate: jax.typing.ArrayLike,
+    learning_rate: ArrayLike,
     *,
-    penalty: jax.typing.ArrayLike = 0.0,
-    regularizer_penalty: jax.typing.ArrayLike = 0.0,
+    penalty: ArrayLike = 0.0,
+    regularizer_penalty: ArrayLike = 0.0,
 ) -> Any:
     r"""How far `stam_proximal` moves x along the residual, $\hat\eta = \eta / (1 + \eta (\rho + \tau))$.
 
@@ -355,17 +340,24 @@ def effective_step(
 
 
 class _Point(NamedTuple):
-    """Where one quantized leaf stands: the latent weights v, and y, its projection."""
+    """Where one quantized leaf stands, in float32 at least: x, the latent weights v, and y = P(v)."""
 
+    x: jax.Array
     v: jax.Array
     y: jax.Array
 
 
-def _points(where: str, quantizer: Quantizers, opt_state: Any, params: Any) -> dict[str, _Point]:
+_Points = dict[str, _Point]
+
+
+def _points(where: str, quantizer: Quantizers, opt_state: Any, params: Any) -> _Points:
     """Where every quantized leaf stands, by path."""
-    v = latent_weights(where, quantizer, opt_state, params)
-    quantizers = _assignment.chosen(where, quantizer, params)
-    return {path: _Point(v[path], _assignment.project(q, v[path])) for path, q in quantizers.items()}
+    latent = latent_weights(where, quantizer, opt_state, params)
+    weights, quantizers = _paths.named_leaves(params), _assignment.chosen(where, quantizer, params)
+    return {
+        path: _Point(jnp.asarray(weights[path], v.dtype), v, _assignment.project(quantizers[path], v))
+        for path, v in latent.items()
+    }
 
 
 def latent_weights(where: str, quantizer: Quantizers, opt_state: Any, params: Any) -> dict[str, jax.Array]:
@@ -377,136 +369,99 @@ def latent_weights(where: str, quantizer: Quantizers, opt_state: Any, params: An
         raise ValueError(
             f"{where}: opt_state holds no SplittingState: it must be that of stam or of one of its relatives."
         )
-    weights = {path: jnp.asarray(leaf) for path, leaf in _paths.named_leaves(params).items()}
+    weights = _paths.named_leaves(params)
     latent = {path: leaf for state in states for path, leaf in _paths.named_leaves(state.latent).items()}
     for path, leaf in latent.items():
-        if path not in weights or leaf.shape != weights[path].shape:
-            has = f"shape {weights[path].shape}" if path in weights else "no such leaf"
+        if path not in weights or leaf.shape != jnp.shape(weights[path]):
             raise ValueError(
-                f"{where}: opt_state holds the leaf {path!r} of shape {leaf.shape}; params have {has}."
+                f"{where}: opt_state is of other parameters: it holds a leaf {path!r} of shape {leaf.shape}, "
+                "which params lack."
             )
-    quantizers = _assignment.chosen(where, quantizer, params)
-    return {path: latent.get(path, weights[path].astype(wide(weights[path].dtype))) for path in quantizers}
+    chosen = {path: jnp.asarray(weights[path]) for path in _assignment.chosen(where, quantizer, params)}
+    return _widened(chosen) | {path: leaf for path, leaf in latent.items() if path in chosen}
 
 
-def _is_traced(value: Any) -> bool:
-    """Whether a number is not known before the function runs."""
-    return isinstance(value, jax.core.Tracer)
-
-
-def _check_model(where: str, penalty: Any, regularizer: Any, regularizer_penalty: Any) -> None:
+def _check_model(where: str, penalty: Any, regularizer: Any, tau: Any, *, schedule: bool = False) -> None:
     """Raise for penalties out of range, or something else for a regularizer."""
-    for name, value in (("penalty", penalty), ("regularizer_penalty", regularizer_penalty)):
+    for name, value in (("penalty", penalty), ("regularizer_penalty", tau)):
         # The value of an array is known here, but inside jit.
-        known = np.asarray(value) if isinstance(value, jax.Array) and not _is_traced(value) else value
-        _numbers.check(where, name, known, finite=name == "penalty", schedule=False)
+        is_known = isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
+        known = np.asarray(value) if is_known else value
+        _numbers.check(where, name, known, finite=True, schedule=schedule)
     if regularizer is not None:
         _numbers.check_has(where, "regularizer", regularizer, "prox")
+        if _numbers.is_fixed_at(tau, 0):
+            raise ValueError(f"{where}: regularizer needs a regularizer_penalty above 0; got {tau!r}.")
 
 
-def _matching(where: str, gradients: Any, params: Any) -> dict[str, jax.Array]:
-    """The gradients by path, once they are seen to have the leaves of the parameters."""
-    _paths.check_alike(where, gradients, "gradients", params)
-    return _paths.named_leaves(gradients)
-
-
-def _constrained(v: jax.Array, tau: Any, regularizer: Regularizer) -> jax.Array:
-    """The best z for a float block; v itself where tau is infinite."""
-    # The step of the engine: the prox wants a finite one.
-    return jnp.where(jnp.isinf(tau), v, regularizer.prox(v, 1 / jnp.maximum(tau, 1e-30)))
-
-
-def _square(x: jax.Array) -> jax.Array:
-    """|x|^2."""
-    return jnp.sum(jnp.square(x))
-
-
-def _sum(terms: list[Terms]) -> Terms:
-    """Each number summed over the leaves."""
-    zero = Terms(*(jnp.zeros([], jnp.float32) for _ in Terms._fields))
-    return jax.tree.map(lambda *numbers: jnp.sum(jnp.stack(numbers)), zero, *terms)
+def _constrained(point: _Point, tau: Any, regularizer: Regularizer | None) -> jax.Array:
+    """The best z; x itself without a regularizer."""
+    # The step of `stam_proximal`: the prox wants a finite one.
+    return point.x if regularizer is None else regularizer.prox(point.v, 1 / jnp.maximum(tau, 1e-30))
 
 
 @functools.partial(jax.jit, static_argnames="regularizer")
 def _residual(
-    weights: dict[str, jax.Array],
-    gradients: dict[str, jax.Array],
-    points: dict[str, _Point],
-    rho: jax.typing.ArrayLike,
-    tau: jax.typing.ArrayLike,
-    regularizer: Regularizer | None,
+    gradients: dict[str, jax.Array], points: _Points, rho: ArrayLike, tau: ArrayLike, regularizer: Any
 ) -> Residual:
     """The norms of the residual and its parts."""
 
-    def squares(name: str) -> Terms:
-        x = jnp.asarray(weights[name])
-        x = x.astype(wide(x.dtype))
-        d = gradients[name].astype(x.dtype)
-        pull = bounded = jnp.zeros_like(x)
-        if name in points:
-            v, y = points[name]
-            pull = jnp.asarray(rho * (x - y))
-            if regularizer is not None:
-                bounded = jnp.asarray(tau * (x - _constrained(v, tau, regularizer)))
-        return Terms(_square(d + pull + bounded), _square(d), _square(pull), _square(bounded))
+    def norms(path: str, d: jax.Array) -> Terms:
+        pull = bounded = jnp.zeros_like(d)
+        if path in points:
+            x, _, y = points[path]
+            pull, bounded = rho * (x - y), tau * (x - _constrained(points[path], tau, regularizer))
+        return Terms(*map(optax.tree.norm, (d + pull + bounded, d, pull, bounded)))
 
-    of_leaves = {name: squares(name) for name in weights}
-    root = lambda terms: jax.tree.map(jnp.sqrt, terms)
-    return Residual(root(_sum(list(of_leaves.values()))), {name: root(t) for name, t in of_leaves.items()})
+    leaves = {path: norms(path, d) for path, d in _widened(gradients).items()}
+    nothing = Terms(*jnp.zeros(4, jnp.float32))
+    return Residual(Terms(*map(optax.tree.norm, zip(nothing, *leaves.values(), strict=True))), leaves)
 
 
 @functools.partial(jax.jit, static_argnames="regularizer")
-def _objective(
-    loss: jax.typing.ArrayLike,
-    weights: dict[str, jax.Array],
-    points: dict[str, _Point],
-    rho: jax.typing.ArrayLike,
-    tau: jax.typing.ArrayLike,
-    regularizer: HasValue | None,
-) -> Terms:
+def _objective(loss: jax.Array, points: _Points, rho: ArrayLike, tau: ArrayLike, regularizer: Any) -> Terms:
     """The terms of the objective."""
+    loss = _widened(loss)
     quantized = constrained = jnp.zeros([], jnp.float32)
-    for name, (v, y) in points.items():
-        x = weights[name].astype(v.dtype)
-        quantized += rho / 2 * _square(x - y)
+    for point in points.values():
+        quantized += rho / 2 * _square(point.x - point.y)
         if regularizer is not None:
-            z = _constrained(v, tau, regularizer)
-            coupling = jnp.where(jnp.isinf(tau), 0.0, tau)
-            # x itself in its own digits, which a box may be told to.
-            value = jnp.where(jnp.isinf(tau), regularizer.value(weights[name]), regularizer.value(z))
-            constrained += value + coupling / 2 * jnp.where(jnp.isinf(tau), 0.0, _square(x - z))
-    loss = jnp.asarray(loss)
-    loss = loss.astype(wide(loss.dtype))
+            z = _constrained(point, tau, regularizer)
+            constrained += regularizer.value(z) + tau / 2 * _square(point.x - z)
     return Terms(loss + quantized + constrained, loss, quantized, constrained)
+
+
+def _square(a: jax.Array) -> jax.Array:
+    """|a|^2."""
+    return jnp.sum(jnp.square(a))
 
 
 @functools.partial(jax.jit, static_argnames="loss")
 def _flip_work(
-    weights: Any,
-    new_weights: Any,
+    new_params: Any,
     gradients: dict[str, jax.Array],
-    points: dict[str, _Point],
-    new_points: dict[str, _Point],
-    eta: jax.typing.ArrayLike,
-    rho: jax.typing.ArrayLike,
-    kappa: jax.typing.ArrayLike,
+    before: _Points,
+    after: _Points,
+    eta: ArrayLike,
+    rho: ArrayLike,
+    kappa: ArrayLike,
     loss: Callable[[Any], jax.Array],
 ) -> jax.Array:
     """The cost of moving the quantized weights, and x along with them."""
-    pull = (1 - kappa) * rho
-    moved = effective_step(eta, penalty=rho)
-    arrived = _paths.named_leaves(new_weights)
+    pull, moved = (1 - kappa) * rho, effective_step(eta, penalty=rho)
 
-    def alone(name: str, x: jax.Array) -> jax.Array:
-        if name not in points:
-            return arrived[name]
-        return (x - moved * (gradients[name] + pull * (x - points[name].y))).astype(x.dtype)
-
-    def merit(params: Any, at: dict[str, _Point]) -> jax.Array:
+    def merit(params: Any, points: _Points) -> jax.Array:
         leaves = _paths.named_leaves(params)
-        return loss(params) + pull / 2 * sum(_square(leaves[name] - point.y) for name, point in at.items())
+        return loss(params) + pull / 2 * sum(_square(leaves[path] - p.y) for path, p in points.items())
 
-    return merit(new_weights, new_points) - merit(_paths.map_named(alone, weights), points)
+    def alone(path: str, leaf: jax.Array) -> jax.Array:
+        """Where the gradient and the pull would have led."""
+        if path not in before:
+            return leaf
+        x, _, y = before[path]
+        return (x - moved * (gradients[path] + pull * (x - y))).astype(leaf.dtype)
+
+    return merit(new_params, after) - merit(_paths.map_named(alone, new_params), before)
 
 
 class StepRecord(NamedTuple):
@@ -515,7 +470,7 @@ class StepRecord(NamedTuple):
     Args:
         residual: |R| at the point that the step left, with the updates that came in for the gradient.
         gap: the `quantization_gap` at the point that the step reached.
-        flips: the share of quantized weights whose sign the step changed.
+        flips: the share of weights of the quantized network, `quantize(params)`, whose sign the step changed.
         moved: the norm of the update of all parameters.
     """
 
@@ -544,7 +499,7 @@ def record(
     *,
     penalty: ScalarOrSchedule = 0.0,
     regularizer: Regularizer | None = None,
-    regularizer_penalty: ScalarOrSchedule = math.inf,
+    regularizer_penalty: ScalarOrSchedule = 0.0,
     every: int = 1,
     quantizer: Quantizers = Binary(),
 ) -> optax.GradientTransformationExtraArgs:
@@ -552,8 +507,8 @@ def record(
 
     The updates are those of the optimizer inside, unchanged. Put it around the whole chain, so that the
     residual is that of the gradient and not of what momentum made of it; and read
-    `optax.tree.get(opt_state, "diagnostics")`, under jit and scan too. A recorded step costs two projections
-    and a few passes over the weights. Put it inside `optax.MultiSteps`, to record whole steps.
+    `optax.tree.get(opt_state, "diagnostics")`, under jit and scan too. A recorded step costs up to three
+    projections and a few passes over the weights. Put it inside `optax.MultiSteps`, to record whole steps.
 
     Args:
         optimizer: `stam` or one of its relatives around an optimizer, or a chain that ends in one.
@@ -569,7 +524,8 @@ def record(
         An `optax.GradientTransformationExtraArgs` whose state is a `RecordState`.
 
     Raises:
-        ValueError: for a number out of range; in `init`, for an optimizer without a `SplittingState`.
+        ValueError: for a number out of range or a regularizer without a penalty; in `init`, for an optimizer
+            without a `SplittingState`.
         TypeError: for an argument of the wrong kind, such as a fraction for `every`.
 
     Example:
@@ -586,13 +542,8 @@ def record(
     where = "record"
     _assignment.check_quantizer(where, quantizer)
     _numbers.check_has(where, "optimizer", optimizer, "init", "update")
-    _numbers.check(where, "penalty", penalty, finite=True)
-    _numbers.check(where, "regularizer_penalty", regularizer_penalty)
     _numbers.check_whole(where, "every", every)
-    if regularizer is not None:
-        _numbers.check_has(where, "regularizer", regularizer, "prox")
-        if _numbers.is_fixed_at(regularizer_penalty, math.inf):
-            raise ValueError(f"{where}: regularizer_penalty must be finite where there is a regularizer.")
+    _check_model(where, penalty, regularizer, regularizer_penalty, schedule=True)
     chain = optax.with_extra_args_support(optimizer)
 
     def measured(
@@ -601,12 +552,11 @@ def record(
         model = {"regularizer": regularizer, "regularizer_penalty": tau, "quantizer": quantizer}
         left = residual(updates, state.inner, params, penalty=rho, **model)
         reached = optax.apply_updates(params, moves)
-        signs = (_points(where, quantizer, *pair) for pair in ((state.inner, params), (inner, reached)))
         found = StepRecord(
             residual=left.whole.total,
             gap=quantization_gap(reached, quantizer),
-            flips=sign_flips(*({path: point.y for path, point in points.items()} for points in signs)),
-            moved=optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)), moves)),
+            flips=sign_flips(*(quantized_leaves(where, quantizer, tree) for tree in (params, reached))),
+            moved=optax.tree.norm(_widened(moves)),
         )
         return jax.tree.map(lambda number: number.astype(jnp.float32), found)
 

@@ -124,6 +124,11 @@ def bits_per_weight(quantizer: Quantizer, shape: tuple[int, ...]) -> int:
 Over = Callable[[Callable[..., jax.Array], jax.Array], jax.Array]
 
 
+def _unit(top: jax.Array) -> jax.Array:
+    """The largest |w| that share a scale, or 1 where nothing can be measured in it."""
+    return jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shared(abc.ABC):
     """Which weights of an array share a scale; what the quantizers of the package have in common.
@@ -310,7 +315,7 @@ class _Fitted(Scaled):
         quantized already have no error at one of them, and keep it.
         """
         top = over(jnp.max, size)
-        unit = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+        unit = _unit(top)
         size = size / unit
         mean = over(jnp.mean, size)
         shares = [i / (_TRIED - 1) for i in range(_TRIED)]
@@ -342,9 +347,9 @@ _TRIED, _REFINED = 16, 4
 class Ternary(_Fitted):
     r"""Three values per scale, $\{-s, 0, +s\}$: two bits per weight.
 
-    The squared error of the scale exceeds that of the least-squares optimum by at most a hundredth of
-    $|w|^2$, and by less than 3% of itself on normal weights; quantized weights keep theirs. It is found in
-    some twenty passes over the weights, without a sort.
+    The squared error of the scale exceeds that of the least-squares optimum by at most 5% of $|w|^2$, and on
+    normal weights (64 or more per scale) by at most 3% of itself; quantized weights keep theirs. It is found
+    in some twenty passes over the weights, without a sort.
 
     Args:
         axis: which weights share a scale, as in `Binary`.
@@ -385,8 +390,9 @@ class _FewBits(_Fitted):
 class Uniform(_FewBits):
     r"""Evenly spaced values, $s\,j/m$ with $j = -m, \dots, m$ and $m = 2^{\text{bits}-1} - 1$.
 
-    These are the symmetric integers of low-bit arithmetic, 0 among them; 2 bits are `Ternary`. The scale is
-    as close to the optimum as that of `Ternary`; on normal weights within 10%.
+    These are the symmetric integers of low-bit arithmetic, 0 among them; 2 bits are `Ternary`. The squared
+    error exceeds that of the least-squares optimum by at most 5% of $|w|^2$, and on normal weights (64 or
+    more per scale) by at most 20% of itself.
 
     Args:
         bits: bits per weight, from 2 to 4.
@@ -447,14 +453,21 @@ class PowerOfTwo(_FewBits):
     def _magnitudes(self) -> tuple[float, ...]:
         return tuple(2.0**-j for j in reversed(range(2 ** (self.bits - 1) - 1)))
 
+    def _code(self, size: jax.Array, scale: jax.Array) -> jax.Array:
+        size = size / jnp.where(scale == 0, 1, scale)
+        lowest = self._magnitudes[0]
+        # A number without bits of mantissa is a power of two.
+        power = jax.lax.reduce_precision(size, jnp.finfo(size.dtype).nexp, 0)
+        return jnp.where(size >= lowest / 2, jnp.clip(power, lowest, 1), 0)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LeastSquares(Shared):
     r"""Two magnitudes with both signs, $\{-b, -a, a, b\}$: two bits per weight.
 
-    The magnitudes are the means of the smaller and of the larger |w|, divided halfway between the two, found
-    by ten rounds of each in turn. These are the sums of two binary weights with scales $(b \pm a)/2$. The
-    squared error exceeds that of the least-squares optimum by at most 2% of $|w|^2$.
+    The magnitudes are the means of the smaller and of the larger |w|, divided at the best of some cuts, which
+    is refined halfway between the two. These are the sums of two binary weights with scales $(b \pm a)/2$.
+    The squared error exceeds that of the least-squares optimum by at most 2% of $|w|^2$.
 
     Args:
         axis: which weights share the magnitudes, as in `Binary`.
@@ -480,10 +493,30 @@ class LeastSquares(Shared):
         return -high, -low, low, high
 
     def _fit(self, size: jax.Array, over: Over) -> jax.Array:
-        mean = over(jnp.mean, size)
+        """The best of some cuts between 0 and the maximum of |w|, refined by the means of its parts.
 
-        def refined(_: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            is_high = size >= (found[0] + found[1]) / 2
+        The mean is among those tried: it divides weights that are quantized already.
+        """
+        top = over(jnp.max, size)
+        unit = _unit(top)
+        size = size / unit
+        mean = over(jnp.mean, size)
+        steps = [i / _TRIED for i in range(_TRIED)]
+        factors = jnp.asarray([*(1.0 for _ in steps), *_BELOW], size.dtype)
+        exponents = jnp.asarray([*(1 - step for step in steps), *(1.0 for _ in _BELOW)], size.dtype)
+
+        def tried(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            cut = factors[i] * mean ** exponents[i]
+            is_high = size >= cut
+            share = over(jnp.mean, is_high.astype(size.dtype))
+            # What the cut explains of the variance, share (1 - share) (high - low)^2, from the sum of a part.
+            excess = over(jnp.mean, jnp.where(is_high, size - mean, 0))
+            gain = excess**2 / jnp.where((share > 0) & (share < 1), share * (1 - share), 1)
+            is_better = gain > best[0]
+            return jnp.where(is_better, gain, best[0]), jnp.where(is_better, cut, best[1])
+
+        def parts(cut: jax.Array) -> tuple[jax.Array, jax.Array]:
+            is_high = size >= cut
 
             def part(chosen: jax.Array) -> jax.Array:
                 share = over(jnp.mean, chosen.astype(size.dtype))
@@ -492,4 +525,13 @@ class LeastSquares(Shared):
 
             return part(~is_high), part(is_high)
 
-        return jnp.stack(jax.lax.fori_loop(0, 10, refined, (mean, mean)))
+        def refined(_: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            return parts((found[0] + found[1]) / 2)
+
+        _, cut = jax.lax.fori_loop(0, factors.size, tried, (jnp.zeros_like(mean), mean))
+        found = jax.lax.fori_loop(0, _REFINED, refined, parts(cut))
+        return jnp.stack([jnp.where(jnp.isfinite(top), unit * magnitude, top) for magnitude in found])
+
+
+# The shares of the mean that are tried below it.
+_BELOW = (0.25, 0.5, 0.75)

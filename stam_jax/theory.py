@@ -6,7 +6,7 @@ times the residual R, and
 
 $$\frac1K \sum_{k<K} E|R_k|^2 \le \frac{2 (\Phi_0 - \Phi_{\inf})}{\hat\eta K} + L_\Phi \hat\eta \sigma^2 .$$
 
-That is for weights that are all quantised. Those of a tree that are not move by $\eta$ itself, and their
+That is for weights that are all quantized. Those of a tree that are not move by $\eta$ itself, and their
 noise $\sigma_f^2$ adds $L \eta^2 \sigma_f^2 / \hat\eta$. With inertia $\kappa$ the pull that is left,
 $(1 - \kappa)\rho$, stands for $\rho$ in $L_\Phi$, $\Phi$ and R, and the flip work joins the decrease. The
 statements, their assumptions and proofs are this project's own; see docs/theory.md.
@@ -45,7 +45,7 @@ def bound(
         learning_rate: the step $\eta$ of `stam_proximal`, at most 1 / `smoothness`.
         smoothness: L, of the loss: its gradient's Lipschitz constant.
         noise: $\sigma$, the root of the mean squared distance of a stochastic gradient from the gradient,
-            over the quantised weights.
+            over the quantized weights.
         decrease: $\Delta = \Phi_0 - \Phi_{\inf}$, how far the objective can fall. With inertia, that of the
             objective with $(1 - \kappa)\rho$, and the sum of the `diagnostics.flip_work` of all steps, which
             may make it negative.
@@ -53,7 +53,7 @@ def bound(
         penalty: $\rho$ of `stam_proximal`.
         inertia: $\kappa$.
         regularizer_penalty: $\tau$ of `stam_proximal`; 0 with inertia.
-        float_noise: $\sigma_f$, the same root over the weights that are not quantised.
+        float_noise: $\sigma_f$, the same root over the weights that are not quantized.
 
     Returns:
         The right-hand side of the theorem.
@@ -96,7 +96,7 @@ def step_size(
     inertia: float = 0.0,
     regularizer_penalty: float = 0.0,
 ) -> float:
-    r"""The step for which the theorem's bound is least, where all weights are quantised.
+    r"""The step for which the theorem's bound is least, where all weights are quantized.
 
     $\hat\eta = \min\{1/(L + \rho + \tau),\ \sqrt{2 \Delta / (K L_\Phi \sigma^2)}\}$ with
     $L_\Phi = L + (1 - \kappa)\rho + \tau$, and $\eta = \hat\eta / (1 - \hat\eta (\rho + \tau))$. With noise
@@ -151,13 +151,14 @@ def _check(
     regularizer_penalty: float,
 ) -> None:
     """Raise for constants that no problem has."""
-    values = {
-        "smoothness": smoothness,
-        "noise": noise,
-        "penalty": penalty,
-        "regularizer_penalty": regularizer_penalty,
-    }
-    _numbers.check_each(where, *((name, value, 0) for name, value in values.items()), ("steps", steps, 1))
+    _numbers.check_each(
+        where,
+        ("smoothness", smoothness, 0),
+        ("noise", noise, 0),
+        ("steps", steps, 1),
+        ("penalty", penalty, 0),
+        ("regularizer_penalty", regularizer_penalty, 0),
+    )
     if smoothness == 0:
         raise ValueError(f"{where}: smoothness must be above 0; got {smoothness!r}.")
     _numbers.check(where, "inertia", inertia, high=1.0, schedule=False)

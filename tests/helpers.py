@@ -22,7 +22,7 @@ def loss(problem: reference.Problem, params: dict[str, jax.Array]) -> jax.Array:
 def train(
     optimizer: optax.GradientTransformation, problem: reference.Problem
 ) -> tuple[dict[str, np.ndarray], Any]:
-    """The parameters after each step, stacked, and the last state of the optimiser."""
+    """The parameters after each step, stacked, and the last state of the optimizer."""
 
     def step(carry: Any, noise: Any) -> Any:
         params, state = carry

@@ -1,12 +1,18 @@
-"""Every method, each at settings that suit a run of 400 steps: what the batteries run through."""
+"""Every method, at settings that suit a run of 400 steps: what the batteries run through.
 
+Each is a function (optimizer=None, **settings) of an Optax optimizer; the settings are `quantizer=` only.
+Those in `CHAINED` can go without the optimizer, as a link of a chain.
+"""
+
+import math
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from stam_jax import (
-    LinearBlend,
+    Binary,
     admm_quant,
     binary_connect,
     binary_relax,
@@ -14,71 +20,95 @@ from stam_jax import (
     md_tanh,
     parq,
     prox_quant,
+    regularizers,
+    relaxations,
     schedules,
     stam,
+    stam_proximal,
     straight_through,
+    three_block_splitting,
 )
 from tests.home_made import home_made
 
 STEPS = 400
 HARD_FROM = 300
+Optimizer = optax.GradientTransformation | None
 Method = Callable[..., optax.GradientTransformationExtraArgs]
 
 
-def relaxed(learning_rate: Any, **settings: Any) -> optax.GradientTransformationExtraArgs:
-    return binary_relax(learning_rate, growth_every=4, hard_from=HARD_FROM, **settings)
+def inertial(optimizer: Optimizer = None, **settings: Any) -> optax.GradientTransformationExtraArgs:
+    return stam(optimizer, hard_from=HARD_FROM, inertia=0.99, **settings)
 
 
-def shrunk(learning_rate: Any, **settings: Any) -> optax.GradientTransformationExtraArgs:
-    return prox_quant(learning_rate, growth=0.01, hard_from=HARD_FROM, **settings)
+def proximal(optimizer: Optimizer = None, **settings: Any) -> optax.GradientTransformationExtraArgs:
+    """`stam_proximal` multiplies by minus its learning rate, which the optimizer's step has in it already."""
+    growing = schedules.geometric(5e-5, growth=2.0, every=STEPS // 16)
+    rho = lambda count: jnp.where(count >= HARD_FROM, math.inf, growing(count))
+    before = optax.scale(-1.0) if optimizer is None else optax.chain(optimizer, optax.scale(-1.0))
+    return optax.chain(before, stam_proximal(1.0, rho, **settings))
 
 
-def piecewise(learning_rate: Any, **settings: Any) -> optax.GradientTransformationExtraArgs:
-    return parq(learning_rate, hard_from=HARD_FROM, **settings)
+def general(optimizer: Optimizer = None, **settings: Any) -> optax.GradientTransformationExtraArgs:
+    """Whatever the other configurations leave out: everything found first, a ridge, a schedule of inertia."""
+    return three_block_splitting(
+        optimizer,
+        **{"quantizer": Binary()} | settings,
+        relaxation=relaxations.LinearBlend(schedules.linear_to_hard(HARD_FROM)),
+        inertia=optax.linear_schedule(1.0, 0.9, STEPS),
+        project="first",
+        regularizer=regularizers.Ridge(1e-3),
+        regularizer_strength=0.1,
+    )
 
 
-def mirrored(learning_rate: Any, **settings: Any) -> optax.GradientTransformationExtraArgs:
-    return md_tanh(learning_rate, growth=1.2, growth_every=20, hard_from=HARD_FROM, **settings)
+def relaxed(optimizer: Optimizer = None, **settings: Any) -> optax.GradientTransformationExtraArgs:
+    return binary_relax(optimizer, growth_every=4, hard_from=HARD_FROM, **settings)
 
 
-def plain_estimator(learning_rate: Any, **settings: Any) -> optax.GradientTransformationExtraArgs:
-    return straight_through(learning_rate, clip=None, **settings)
+def shrunk(optimizer: Optimizer = None, **settings: Any) -> optax.GradientTransformationExtraArgs:
+    return prox_quant(optimizer, threshold=lambda count: 5e-4 * count, hard_from=HARD_FROM, **settings)
 
 
-def clipped_estimator(learning_rate: Any, **settings: Any) -> optax.GradientTransformationExtraArgs:
-    return straight_through(learning_rate, **settings)
+def piecewise(optimizer: Optimizer = None, **settings: Any) -> optax.GradientTransformationExtraArgs:
+    return parq(optimizer, hard_from=HARD_FROM, **settings)
 
 
-def multiplied(learning_rate: Any, **settings: Any) -> optax.GradientTransformationExtraArgs:
-    return admm_quant(learning_rate, penalty=1.0, dual_every=5, hard_from=HARD_FROM, **settings)
+def mirrored(optimizer: Optimizer = None, **settings: Any) -> optax.GradientTransformationExtraArgs:
+    return md_tanh(optimizer, growth=1.2, growth_every=20, hard_from=HARD_FROM, **settings)
 
 
-def flipped(learning_rate: Any, **settings: Any) -> optax.GradientTransformationExtraArgs:
-    return bop(learning_rate, adaptivity=0.05, threshold=0.3, **settings)
+def plain_estimator(
+    optimizer: optax.GradientTransformation, **settings: Any
+) -> optax.GradientTransformationExtraArgs:
+    return straight_through(optimizer, clip=math.inf, **settings)
 
 
-def proximal(learning_rate: Any, **settings: Any) -> optax.GradientTransformationExtraArgs:
-    rho = schedules.geometric(1e-3, growth=2.0, every=STEPS // 16)
-    return stam(learning_rate, penalty=rho, **settings)
+def multiplied(
+    optimizer: optax.GradientTransformation, **settings: Any
+) -> optax.GradientTransformationExtraArgs:
+    return admm_quant(optimizer, penalty=1.0, dual_every=5, hard_from=HARD_FROM, **settings)
 
 
-def inertial(learning_rate: Any, **settings: Any) -> optax.GradientTransformationExtraArgs:
-    blend = LinearBlend(schedules.linear_to_hard(HARD_FROM))
-    return stam(learning_rate, relaxation=blend, inertia=0.99, **settings)
+def flipped(
+    optimizer: optax.GradientTransformation, **settings: Any
+) -> optax.GradientTransformationExtraArgs:
+    return bop(optimizer, adaptivity=0.05, threshold=0.3, **settings)
 
 
 METHODS: dict[str, Method] = {
+    "stam": inertial,
+    "stam_proximal": proximal,
+    "three_block_splitting": general,
     "binary_connect": binary_connect,
     "binary_relax": relaxed,
     "prox_quant": shrunk,
     "parq": piecewise,
     "md_tanh": mirrored,
     "straight_through": plain_estimator,
-    "straight_through_clipped": clipped_estimator,
+    "straight_through_clipped": straight_through,
     "admm_quant": multiplied,
     "bop": flipped,
-    "proximal": proximal,
-    "inertial": inertial,
-    "default": stam,
     "home_made": home_made,
 }
+AROUND_ONLY = ("straight_through", "straight_through_clipped", "admm_quant", "bop")
+CHAINED: dict[str, Method] = {name: method for name, method in METHODS.items() if name not in AROUND_ONLY}

@@ -1,6 +1,5 @@
-"""A reader of packed files in plain NumPy, written from docs/format.md, for every quantiser."""
+"""A reader of packed files in plain NumPy, written from docs/format.md, for every quantizer."""
 
-import itertools
 import json
 from pathlib import Path
 
@@ -9,11 +8,11 @@ import numpy as np
 TYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I8": "i1", "U8": "u1", "BOOL": "?"}
 
 
-def levels(kind: str, bits: int, scales: np.ndarray) -> np.ndarray:
-    """The levels of each group in ascending order, along a new first axis."""
+def levels(kind: str, bits: int, scales: np.ndarray) -> list[np.ndarray]:
+    """The levels of each block in ascending order."""
     if kind == "LeastSquares":
-        signs = itertools.product((-1, 1), repeat=bits)
-        return np.sort([sum(s * a for s, a in zip(row, scales, strict=True)) for row in signs], axis=0)
+        low, high = scales
+        return [-high, -low, low, high]
     m = 2 ** (bits - 1) - 1
     positive = {
         "Binary": [1.0],
@@ -23,7 +22,7 @@ def levels(kind: str, bits: int, scales: np.ndarray) -> np.ndarray:
     }[kind]
     zero = [] if kind == "Binary" else [0.0]
     steps = [*(-x for x in reversed(positive)), *zero, *positive]
-    return np.stack([scales.dtype.type(step) * scales for step in steps])
+    return [scales.dtype.type(step) * scales for step in steps]
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -37,15 +36,13 @@ def read(path: Path) -> dict[str, np.ndarray]:
         for name, x in header.items()
     }
     for name, leaf in said["packed"].items():
-        shape, bits, quantizer = leaf["shape"], leaf["bits"], leaf["quantizer"]
+        shape, bits = leaf["shape"], leaf["bits"]
         rows, count = arrays.pop(name + "#codes"), (shape[-1] if shape else 1) * bits
         flags = np.unpackbits(rows, axis=-1, count=count, bitorder="little")
         codes = (flags.reshape(*shape, bits) << np.arange(bits)).sum(-1)
-        table = levels(quantizer["name"], bits, arrays.pop(name + "#scales"))
-        if quantizer["options"]["scale"] == "group":
-            at = 1 if quantizer["options"]["axis"] == 0 else len(shape) - 2
-            codes = codes.reshape(*shape[:at], table.shape[1 + at], -1, *shape[at + 1 :])
-        table = np.broadcast_to(table, (len(table), *codes.shape))
+        table = np.stack(levels(leaf["quantizer"]["name"], bits, arrays.pop(name + "#scales")))
+        for axis, length in enumerate(shape):
+            table = np.repeat(table, length // table.shape[1 + axis], axis=1 + axis)
         whole = np.take_along_axis(table, codes[None], axis=0)
         arrays[name] = whole.reshape(shape).astype(leaf["dtype"])
     return arrays

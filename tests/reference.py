@@ -1,7 +1,7 @@
-"""The methods in float64 NumPy, from the maths and in the plainest loops: what the engine is compared with.
+"""The methods in float64 NumPy, from the math and in the plainest loops: what the library is compared with.
 
-A number may be a function of the step count. A method is a function `advance(v, d, k)` from the float block,
-the direction and the step count to the next relaxed weights x and float block v.
+A number may be a function of the step count. A method is a function `advance(v, d, k)` from the latent
+weights, the direction and the step count to the next relaxed weights x and latent weights v.
 """
 
 import math
@@ -13,29 +13,31 @@ import numpy as np
 Array = np.ndarray
 Number = float | Callable[[int], Any]
 Advance = Callable[[Array, Array, int], tuple[Array, Array]]
+Axis = int | tuple[int, ...]
 
 
 def at(number: Number, k: int) -> float:
     return float(number(k)) if callable(number) else number
 
 
-def groups(shape: tuple[int, ...], scale: str | None, axis: int = -1) -> list[list[tuple[int, ...]]]:
+def groups(shape: tuple[int, ...], axis: Axis) -> list[list[tuple[int, ...]]]:
     """The indices of the weights that share one scale, group by group."""
-    indices = list(np.ndindex(*shape))
-    if scale != "channel":
-        return [indices]
-    return [[i for i in indices if i[axis] == channel] for channel in range(shape[axis])]
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    sharing: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for i in np.ndindex(*shape):
+        sharing.setdefault(tuple(i[a] for a in axes), []).append(i)
+    return list(sharing.values())
 
 
-def project(v: Array, scale: str | None = "channel", axis: int = -1) -> Array:
-    """alpha * sign(v), alpha = mean |v| of the group (1 without scales), sign(0) = +1."""
+def project(v: Array, axis: Axis = -1, *, scale: float | None = None) -> Array:
+    """alpha * sign(v), alpha = mean |v| of the group, or the scale that is given, and sign(0) = +1."""
     v = np.asarray(v, np.float64)
     y = np.empty(v.shape)
-    for group in groups(v.shape, scale, axis):
+    for group in groups(v.shape, axis):
         total = 0.0
         for i in group:
             total += abs(v[i])
-        alpha = 1.0 if scale is None else total / len(group) if group else 0.0
+        alpha = total / len(group) if scale is None else scale
         for i in group:
             y[i] = -alpha if v[i] < 0 else alpha
     return y
@@ -51,8 +53,15 @@ def ridge(strength: float) -> Callable[[Array, float], Array]:
     return lambda v, step: v / (1 + step * strength)
 
 
+def l1(strength: float) -> Callable[[Array, float], Array]:
+    """The prox of strength |u|_1."""
+    return lambda v, step: np.where(
+        v > step * strength, v - step * strength, np.where(v < -step * strength, v + step * strength, 0.0)
+    )
+
+
 def squared_distance(lam: Number) -> Callable[[Array, Array, int], Array]:
-    """The minimiser of |u - w|^2 / 2 + (lam / 2) |u - y|^2."""
+    """The minimizer of |u - w|^2 / 2 + (lam / 2) |u - y|^2."""
 
     def relax(w: Array, y: Array, k: int) -> Array:
         strength = at(lam, k)
@@ -71,17 +80,14 @@ def proximal(
     *,
     prox: Callable[[Array, float], Array] | None = None,
     tau: Number = 0.0,
-    scale: str | None = "channel",
+    axis: Axis = -1,
 ) -> Advance:
-    """The three blocks minimised in turn: y at x, z at x, then x from all of them."""
+    """The three blocks minimized in turn: y at x, z at x, then x from all of them."""
 
     def advance(x: Array, d: Array, k: int) -> tuple[Array, Array]:
         e, r, t = at(eta, k), at(rho, k), at(tau, k)
-        y = project(x, scale)
-        if prox is not None and math.isinf(t):
-            w = prox(x - e * d, e)
-            x = (w + e * r * y) / (1 + e * r)
-        elif prox is not None and t > 0:
+        y = project(x, axis)
+        if prox is not None and t > 0:
             z = prox(x, 1 / t)
             x = (x - e * d + e * r * y + e * t * z) / (1 + e * (r + t))
         else:
@@ -91,56 +97,78 @@ def proximal(
     return advance
 
 
-def binary_connect(eta: Number, *, clip: float | None = 1.0, scale: str | None = None) -> Advance:
-    """The float weights are moved and clipped; the network runs on their signs."""
+def general(
+    eta: Number,
+    *,
+    relax: Callable[[Array, Array, int], Array],
+    kappa: Number,
+    order: str = "last",
+    prox: Callable[[Array, float], Array] | None = None,
+    step: Number = 1.0,
+    strength: Number = math.inf,
+    axis: Axis = -1,
+) -> Advance:
+    """Three-block splitting: the proximal method and the lazy ones as two ends of one family."""
 
-    def advance(w: Array, d: Array, k: int) -> tuple[Array, Array]:
-        w = w - at(eta, k) * d
-        if clip is not None:
-            w = np.minimum(np.maximum(w, -clip), clip)
-        return project(w, scale), w
+    def advance(v: Array, d: Array, k: int) -> tuple[Array, Array]:
+        w = v - at(eta, k) * d
+        if prox is not None:
+            lam = at(strength, k)
+            z = prox(v if order == "first" else w, at(step, k))
+            w = z if math.isinf(lam) else (w + lam * z) / (1 + lam)
+        y = project(v if order == "first" else w, axis)
+        x = relax(w, y, k)
+        return x, x + at(kappa, k) * (w - x)
+
+    return advance
+
+
+def binary_connect(eta: Number, *, clip: float, axis: Axis = -1, scale: float | None = None) -> Advance:
+    """The latent weights are moved and clipped; the network runs on their signs."""
+
+    def advance(v: Array, d: Array, k: int) -> tuple[Array, Array]:
+        w = np.minimum(np.maximum(v - at(eta, k) * d, -clip), clip)
+        return project(w, axis, scale=scale), w
 
     return advance
 
 
 def binary_relax(
-    eta: Number, *, growth_every: int, hard_from: int, strength: float, growth: float, scale: str = "tensor"
+    eta: Number, *, growth_every: int, hard_from: int, strength: float, growth: float, axis: Axis = ()
 ) -> Advance:
-    """The network runs between the float weights and the binary ones, then on the binary ones."""
+    """The network runs between the latent weights and the binary ones, then on the binary ones."""
 
-    def advance(w: Array, d: Array, k: int) -> tuple[Array, Array]:
-        w = w - at(eta, k) * d
+    def advance(v: Array, d: Array, k: int) -> tuple[Array, Array]:
+        w = v - at(eta, k) * d
         lam = strength
         for _ in range(k // growth_every):
             lam = lam * growth
-        y = project(w, scale)
+        y = project(w, axis)
         return (y if k >= hard_from else (w + lam * y) / (1 + lam)), w
 
     return advance
 
 
-def prox_quant(eta: Number, *, growth: float, hard_from: int, clip: float | None = 1.0) -> Advance:
+def prox_quant(eta: Number, *, threshold: Number, hard_from: int, clip: float = 1.0) -> Advance:
     """A gradient step, clipped, then each weight moved towards the nearest of -1 and +1 by a threshold."""
 
     def advance(x: Array, d: Array, k: int) -> tuple[Array, Array]:
-        w = x - at(eta, k) * d
-        if clip is not None:
-            w = np.minimum(np.maximum(w, -clip), clip)
-        threshold = math.inf if k >= hard_from else at(eta, k) * growth * k
+        w = np.minimum(np.maximum(x - at(eta, k) * d, -clip), clip)
+        most = math.inf if k >= hard_from else at(threshold, k)
         x = np.empty(w.shape)
         for i in np.ndindex(*w.shape):
             y = -1.0 if w[i] < 0 else 1.0
             gap = w[i] - y
-            x[i] = y if abs(gap) <= threshold else w[i] - math.copysign(threshold, gap)
+            x[i] = y if abs(gap) <= most else w[i] - math.copysign(most, gap)
         return x, x
 
     return advance
 
 
 def parq(
-    eta: Number, *, hard_from: int, anneal_from: int = 0, steepness: float = 10.0, scale: str = "channel"
+    eta: Number, *, hard_from: int, anneal_from: int = 0, steepness: float = 10.0, axis: Axis = -1
 ) -> Advance:
-    """The float weights are moved; the network runs on their image under a ramp that steepens to a jump."""
+    """The latent weights are moved; the network runs on their image under a ramp that steepens to a jump."""
 
     def logistic(t: float) -> float:
         return 1 / (1 + math.exp(-t))
@@ -154,9 +182,9 @@ def parq(
         low, high = logistic(-steepness / 2), logistic(steepness / 2)
         return (logistic(steepness * (0.5 - progress)) - low) / (high - low)
 
-    def advance(w: Array, d: Array, k: int) -> tuple[Array, Array]:
-        w = w - at(eta, k) * d
-        y, s = project(w, scale), inverse_slope(k)
+    def advance(v: Array, d: Array, k: int) -> tuple[Array, Array]:
+        w = v - at(eta, k) * d
+        y, s = project(w, axis), inverse_slope(k)
         x = np.empty(w.shape)
         for i in np.ndindex(*w.shape):
             alpha = abs(y[i])
@@ -169,8 +197,8 @@ def parq(
 def md_tanh(eta: Number, *, growth: float, growth_every: int, hard_from: int) -> Advance:
     """The gradient at the tanh of the dual weights moves those; the tanh steepens."""
 
-    def advance(w: Array, d: Array, k: int) -> tuple[Array, Array]:
-        w = w - at(eta, k) * d
+    def advance(v: Array, d: Array, k: int) -> tuple[Array, Array]:
+        w = v - at(eta, k) * d
         beta = 1.0
         for _ in range(k // growth_every):
             beta = beta * growth
@@ -183,74 +211,51 @@ def md_tanh(eta: Number, *, growth: float, growth_every: int, hard_from: int) ->
 
 
 class Admm:
-    """Scaled ADMM, its three blocks kept apart: float weights x, quantised weights y, multipliers u."""
+    """Scaled ADMM, its three blocks kept apart: float weights x, quantized weights y, multipliers u.
+
+    The optimizer's directions are made of the gradients of the augmented Lagrangian, `gradient`.
+    """
 
     def __init__(
-        self, eta: Number, *, penalty: float, dual_every: int, hard_from: int, scale: str = "tensor"
+        self, start: Array, eta: Number, *, penalty: float, dual_every: int, hard_from: int, axis: Axis = ()
     ):
-        self.eta, self.penalty, self.scale = eta, penalty, scale
+        self.eta, self.penalty, self.axis = eta, penalty, axis
         self.dual_every, self.hard_from = dual_every, hard_from
-        self.x = self.y = self.u = self.v = np.zeros(0)
+        self.x, self.y = start, project(start, axis)
+        self.u = self.x - self.y
+
+    def gradient(self, v: Array, g: Array) -> Array:
+        return g + self.penalty * (self.x - self.y + self.u)
 
     def __call__(self, v: Array, d: Array, k: int) -> tuple[Array, Array]:
-        """The float block v, x + u as it was when y was last found, is what the engine keeps."""
-        if k == 0:
-            self.x, self.v = v, v
-            self.y = project(v, self.scale)
-            self.u = v - self.y
+        """What the library keeps is v, x + u as it was when y was last found."""
         if k >= self.hard_from:
-            return self.y, self.v
-        pull = at(self.eta, k) * self.penalty
-        self.x = (self.x - at(self.eta, k) * d + pull * (self.y - self.u)) / (1 + pull)
+            self.x = self.y
+            return self.y, v
+        self.x = self.x - at(self.eta, k) * d
         if (k + 1) % self.dual_every == 0:
-            self.v = self.x + self.u
-            self.y = project(self.v, self.scale)
+            v = self.x + self.u
+            self.y = project(v, self.axis)
             self.u = self.u + self.x - self.y
-        return self.x, self.v
+        return self.x, v
 
 
 class Bop:
     """Weights of +1 and -1, flipped by the moving average of their gradients."""
 
-    def __init__(self, *, adaptivity: Number, threshold: float):
+    def __init__(self, *, adaptivity: Number, threshold: Number):
         self.adaptivity, self.threshold = adaptivity, threshold
         self.average = np.zeros(0)
 
     def __call__(self, x: Array, d: Array, k: int) -> tuple[Array, Array]:
         if k == 0:
-            x, self.average = project(x, None), np.zeros(x.shape)
+            x, self.average = project(x, scale=1.0), np.zeros(x.shape)
         gamma = at(self.adaptivity, k)
         after = np.empty(x.shape)
         for i in np.ndindex(*x.shape):
             self.average[i] = (1 - gamma) * self.average[i] + gamma * d[i]
-            after[i] = -x[i] if self.average[i] * x[i] > self.threshold else x[i]
+            after[i] = -x[i] if self.average[i] * x[i] > at(self.threshold, k) else x[i]
         return after, after
-
-
-def general(
-    eta: Number,
-    *,
-    relax: Callable[[Array, Array, int], Array],
-    kappa: Number,
-    order: str,
-    prox: Callable[[Array, float], Array] | None = None,
-    tau: Number = math.inf,
-    scale: str | None = "channel",
-) -> Advance:
-    """The engine: the proximal method and the lazy ones as two ends of one family."""
-
-    def advance(v: Array, d: Array, k: int) -> tuple[Array, Array]:
-        e, t = at(eta, k), at(tau, k)
-        w = v - e * d
-        if prox is not None and math.isinf(t):
-            w = prox(w, e)
-        elif prox is not None and t > 0:
-            w = (w + e * t * prox(v, 1 / t)) / (1 + e * t)
-        y = project(v if order == "first" else w, scale)
-        x = relax(w, y, k)
-        return x, x + at(kappa, k) * (w - x)
-
-    return advance
 
 
 class Problem(NamedTuple):
@@ -297,17 +302,17 @@ class Problem(NamedTuple):
         *,
         decay: float = 0.0,
         nesterov: bool = False,
-        gate: float = math.inf,
+        gradient: Callable[[Array, Array], Array] = lambda v, g: g,
     ) -> Iterator[tuple[Array, Array, Array]]:
-        """Kernel (quantised), bias (in float) and v after each step, with heavy-ball momentum in front.
+        """Kernel (quantized), bias (in float) and v after each step, with heavy-ball momentum in front.
 
-        Where v is larger than the gate, the kernel's gradient counts as 0.
+        It is given `gradient(v, g)` in the place of the kernel's gradient g.
         """
         kernel, bias, v = self.kernel, self.bias, self.kernel
         kernel_trace, bias_trace = np.zeros_like(kernel), np.zeros_like(bias)
         for k in range(len(self.kernel_noise)):
             kernel_gradient, bias_gradient = self.gradient(kernel, bias)
-            kernel_gradient = np.where(np.abs(v) > gate, 0.0, kernel_gradient + self.kernel_noise[k])
+            kernel_gradient = gradient(v, kernel_gradient + self.kernel_noise[k])
             bias_gradient = bias_gradient + self.bias_noise[k]
             kernel_trace = kernel_gradient + decay * kernel_trace
             bias_trace = bias_gradient + decay * bias_trace

@@ -20,6 +20,14 @@ from benchmarks import report
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 SHOWN = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
+LINK = re.compile(r"\]\((?![a-z]+:)([^)\s]*)\)")
+# What public modules lend to others of the package, and what is shown of private ones.
+LENT = {
+    "stam_jax.diagnostics.latent_weights",
+    "stam_jax.regularizers.soft_threshold",
+    "stam_jax.relaxations.shares",
+}
+TABLE = {"stam_jax._tabulate.Row", "stam_jax._tabulate.Table"}
 
 
 def resolved(path: str) -> Any:
@@ -37,6 +45,7 @@ def public() -> dict[str, Any]:
         for name, thing in vars(module).items():
             if not name.startswith("_") and getattr(thing, "__module__", None) == module.__name__:
                 names[f"{module.__name__}.{name}"] = thing
+    names = {path: thing for path, thing in names.items() if path not in LENT}
     # Once each, by the shortest of its names.
     kept = {id(thing): path for path, thing in sorted(names.items(), key=lambda item: -len(item[0]))}
     return {path: names[path] for path in kept.values()}
@@ -47,7 +56,7 @@ SHOWN_NAMES = [
     path for page in sorted((DOCS / "reference").glob("*.md")) for path in SHOWN.findall(page.read_text())
 ]
 FUNCTIONS = sorted(path for path, thing in PUBLIC.items() if inspect.isfunction(thing))
-CLASSES = sorted(path for path, thing in PUBLIC.items() if isinstance(thing, type))
+CLASSES = sorted(path for path, thing in PUBLIC.items() if isinstance(thing, type)) + sorted(TABLE)
 
 
 def described(docstring: str) -> set[str]:
@@ -57,8 +66,8 @@ def described(docstring: str) -> set[str]:
 
 
 def test_the_reference_shows_every_public_name_once():
-    names = {id(thing): path for path, thing in PUBLIC.items()}
-    assert sorted(names[id(resolved(path))] for path in SHOWN_NAMES) == sorted(PUBLIC)
+    names = {id(resolved(path)): path for path in TABLE} | {id(thing): path for path, thing in PUBLIC.items()}
+    assert sorted(names[id(resolved(path))] for path in SHOWN_NAMES) == sorted({*PUBLIC, *TABLE})
 
 
 @pytest.mark.parametrize("path", FUNCTIONS)
@@ -70,7 +79,7 @@ def test_a_function_says_what_it_takes_and_has_an_example(path):
 
 @pytest.mark.parametrize("path", CLASSES)
 def test_a_class_and_its_methods_say_what_they_are(path):
-    cls = PUBLIC[path]
+    cls = resolved(path)
     docstring = inspect.getdoc(cls) or ""
     assert docstring
     fields = getattr(cls, "_fields", ())
@@ -82,7 +91,7 @@ def test_a_class_and_its_methods_say_what_they_are(path):
             assert inspect.getdoc(member), name
 
 
-PARTS = SHOWN.findall((DOCS / "reference" / "parts.md").read_text().split("## What the engine asks")[0])
+PARTS = SHOWN.findall((DOCS / "reference" / "parts.md").read_text().split("## What is asked of them")[0])
 
 
 @pytest.mark.parametrize("path", PARTS)
@@ -96,10 +105,34 @@ def test_the_examples_run_one_after_the_other(page, tmp_path, monkeypatch, capsy
     text, names = (DOCS / page).read_text(), {}
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         exec(block, names)
-    (table,) = re.findall(r"```text\n(path +shape +weights.*?)```", text, flags=re.DOTALL)
-    assert table in capsys.readouterr().out
+    printed, tables = (
+        capsys.readouterr().out,
+        re.findall(r"```text\n(path +shape.*?)```", text, flags=re.DOTALL),
+    )
+    assert tables
+    for table in tables:
+        assert table in printed
     if page == "quickstart.md":
         assert names["accuracy"] > 0.9
+
+
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_link_leads_to_a_file_and_a_heading_of_it(page):
+    text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
+    for link in LINK.findall(text):
+        place, _, anchor = link.partition("#")
+        target = (page.parent / place).resolve() if place else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
 
 
 @pytest.mark.parametrize("part", report.PARTS, ids=lambda part: part.name)

@@ -1,6 +1,5 @@
 """The theorems on runs of problems whose constants are known, and iterations that they do not cover."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -8,35 +7,42 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 import stam_jax
 from benchmarks.problems import PROBLEMS, Problem
-from benchmarks.theorems import SEEDS, TENSOR, decrease, run
+from benchmarks.theorems import SEEDS, TENSOR, build, decrease, everywhere, run
 from stam_jax import (
     Binary,
-    Box,
     LeastSquares,
     PowerOfTwo,
-    Ridge,
     Ternary,
     Uniform,
     diagnostics,
+    quantize,
     stam,
+    stam_proximal,
     theory,
+    three_block_splitting,
 )
-from stam_jax._groups import Groups
+from stam_jax.quantizers import Shared
+from stam_jax.regularizers import Box, Ridge
+from stam_jax.relaxations import LinearBlend
 from tests import helpers, reference
 
 # One of them always, the others among the slow tests.
 on_every_problem = pytest.mark.parametrize(
-    "build",
+    "pose",
     [
-        pytest.param(build, marks=() if build is PROBLEMS["waves"] else pytest.mark.slow, id=name)
-        for name, build in PROBLEMS.items()
+        pytest.param(pose, marks=() if pose is PROBLEMS["waves"] else pytest.mark.slow, id=name)
+        for name, pose in PROBLEMS.items()
     ],
 )
+
+
+def projected(x: jax.Array) -> jax.Array:
+    return quantize(x, everywhere(TENSOR))
 
 
 def constants(problem: Problem, steps: int, penalty: float, pulls: dict[str, Any] | None = None) -> Any:
@@ -63,8 +69,8 @@ def constants(problem: Problem, steps: int, penalty: float, pulls: dict[str, Any
     ],
     ids=["weak", "strong", "boxed", "ridged"],
 )
-def test_the_residual_stays_under_the_bound_in_every_run(build, penalty, pulls):
-    problem, steps = build(), 1000
+def test_the_residual_stays_under_the_bound_in_every_run(pose, penalty, pulls):
+    problem, steps = pose(), 1000
     known = constants(problem, steps, penalty, pulls)
     learning_rate = theory.step_size(**known)
     found = run(problem, steps, learning_rate, penalty=penalty, pulls=pulls)
@@ -78,8 +84,8 @@ def test_the_residual_stays_under_the_bound_in_every_run(build, penalty, pulls):
 
 @pytest.mark.usefixtures("x64")
 @on_every_problem
-def test_the_residual_falls_as_the_fourth_root_of_the_steps(build):
-    problem, penalty = build(), 1.0
+def test_the_residual_falls_as_the_fourth_root_of_the_steps(pose):
+    problem, penalty = pose(), 1.0
     lengths = [250, 1000, 4000]
     roots = []
     for steps in lengths:
@@ -91,13 +97,13 @@ def test_the_residual_falls_as_the_fourth_root_of_the_steps(build):
 
 @pytest.mark.usefixtures("x64")
 @on_every_problem
-def test_an_explicit_penalty_step_breaks_the_bound_and_the_proximal_one_does_not(build):
-    problem, steps, penalty = build(), 1000, 1e4
+def test_an_explicit_penalty_step_breaks_the_bound_and_the_proximal_one_does_not(pose):
+    problem, steps, penalty = pose(), 1000, 1e4
     known = constants(problem, steps, penalty)
     learning_rate = 1 / problem.smoothness
 
     def explicit(x: Any, d: Any) -> Any:
-        return x - learning_rate * (d + penalty * (x - TENSOR.project(x)))
+        return x - learning_rate * (d + penalty * (x - projected(x)))
 
     allowed = theory.bound(learning_rate, **known)
     wrong = run(problem, steps, learning_rate, penalty=penalty, take=explicit, seeds=4)
@@ -107,32 +113,18 @@ def test_an_explicit_penalty_step_breaks_the_bound_and_the_proximal_one_does_not
     assert np.all(right.residual < allowed)
 
 
-@dataclasses.dataclass(frozen=True)
-class TwoValues:
-    """The set of vectors of one magnitude."""
-
-    alpha: float
-    bits: int = 1
-
-    def project(self, v: jax.Array) -> jax.Array:
-        return jnp.where(v >= 0, self.alpha, -self.alpha)
-
-    def contains(self, y: jax.Array) -> jax.Array:
-        return jnp.all(jnp.abs(y) == self.alpha)
-
-
 @pytest.mark.usefixtures("x64")
 @on_every_problem
-def test_noise_in_the_projection_breaks_the_bound_where_binary_weights_are_small(build):
-    """They are a tenth of what the noise moves a float weight by: with "last", noise chooses the signs."""
-    problem, steps = build(), 2000
+def test_noise_in_the_projection_breaks_the_bound_where_quantized_weights_are_small(pose):
+    """They are a tenth of what the noise moves a weight by: with "last", noise chooses the signs."""
+    problem, steps = pose(), 2000
     learning_rate, penalty = 1 / problem.smoothness, 100 * problem.smoothness
-    alpha = 0.1 * learning_rate * problem.noise / np.sqrt(problem.start.size)
+    alpha = float(0.1 * learning_rate * problem.noise / np.sqrt(problem.start.size))
     problem = problem._replace(start=jnp.where(problem.start >= 0, alpha, -alpha))
     known = constants(problem, steps, penalty)
-    known["decrease"] = decrease(problem, quantizer=TwoValues(alpha), penalty=penalty)
+    known["decrease"] = decrease(problem, quantizer=Binary(scale=alpha), penalty=penalty)
     allowed = theory.bound(learning_rate, **known)
-    settings: Any = {"penalty": penalty, "quantizer": TwoValues(alpha), "seeds": 4}
+    settings: Any = {"penalty": penalty, "quantizer": Binary(scale=alpha), "seeds": 4}
     right = run(problem, steps, learning_rate, project="first", **settings)
     wrong = run(problem, steps, learning_rate, project="last", **settings)
     assert np.all(right.residual < allowed)
@@ -157,8 +149,8 @@ def test_the_penalty_never_limits_the_step(penalty):
 @on_every_problem
 @pytest.mark.parametrize("project", ["first", "last"])
 @pytest.mark.parametrize("kappa", [0.0, 0.5, 0.9, 0.99, 1.0])
-def test_with_inertia_the_residual_stays_under_the_bound_with_the_flip_work(build, kappa, project):
-    problem, steps, penalty = build(), 1000, 30.0
+def test_with_inertia_the_residual_stays_under_the_bound_with_the_flip_work(pose, kappa, project):
+    problem, steps, penalty = pose(), 1000, 30.0
     learning_rate = 1 / problem.smoothness
     settings: Any = {"penalty": penalty, "inertia": kappa, "project": project}
     found = run(problem, steps, learning_rate, with_work=True, **settings)
@@ -175,21 +167,15 @@ def test_with_inertia_the_residual_stays_under_the_bound_with_the_flip_work(buil
 
 @pytest.mark.usefixtures("x64")
 @on_every_problem
-def test_penalties_that_grow_pay_with_the_penalty_work(build):
+def test_penalties_that_grow_pay_with_the_penalty_work(pose):
     """Steps and penalties may change as long as the steps stay below 1 / L and the penalties do not fall."""
-    problem, steps = build(), 1000
+    problem, steps = pose(), 1000
     rates = optax.exponential_decay(1 / problem.smoothness, steps, 0.1)
     rho = optax.exponential_decay(0.01, steps, 1e4)
     tau = optax.exponential_decay(0.1, steps, 10.0)
     box = Box(0.5)
-    optimizer = stam(
-        rates,
-        penalty=rho,
-        regularizer=box,
-        regularizer_penalty=tau,
-        quantizer=TENSOR,
-        mask=True,
-    )
+    rule = everywhere(TENSOR)
+    optimizer = stam_proximal(rates, rho, quantizer=rule, regularizer=box, regularizer_penalty=tau)
 
     def one(key: jax.Array) -> Any:
         def step(carry: Any, given: Any) -> Any:
@@ -198,13 +184,13 @@ def test_penalties_that_grow_pay_with_the_penalty_work(build):
             eta, r, t, next_r, next_t = (
                 jnp.asarray(number) for number in (rates(k), rho(k), tau(k), rho(k + 1), tau(k + 1))
             )
-            model: Any = {"penalty": r, "regularizer": box, "regularizer_penalty": t}
+            model: Any = {"penalty": r, "regularizer": box, "regularizer_penalty": t, "quantizer": rule}
             moved = diagnostics.effective_step(eta, penalty=r, regularizer_penalty=t)
             residual = diagnostics.residual(jax.grad(problem.loss)(x), state, x, **model).whole.total
             new_x, new_state = helpers.take_step(optimizer, problem.draw(x, key), state, x)
-            from_binary = jnp.sum((new_x - TENSOR.project(new_x)) ** 2)
+            from_quantized = jnp.sum((new_x - projected(new_x)) ** 2)
             from_box = jnp.sum((new_x - box.prox(new_x, 1 / t)) ** 2)
-            work = (next_r - r) / 2 * from_binary + (next_t - t) / 2 * from_box
+            work = (next_r - r) / 2 * from_quantized + (next_t - t) / 2 * from_box
             noise = (problem.smoothness + r + t) * moved**2 * problem.noise**2
             return (new_x, new_state), (moved * residual**2, work, noise, moved)
 
@@ -230,7 +216,7 @@ def test_the_iteration_can_be_told_in_x_alone(kappa, project):
     eta, rho = 0.1, 40.0
     lam = eta * rho
     carried = kappa * lam / (1 + lam)
-    optimizer = stam(eta, penalty=rho, inertia=kappa, project=project)
+    optimizer = build(eta, rho, quantizer=Binary(), inertia=kappa, project=project)
     start = rng.normal(size=(6, 4))
     params = jnp.asarray(start)
     state = helpers.begin(optimizer, params)
@@ -245,47 +231,122 @@ def test_the_iteration_can_be_told_in_x_alone(kappa, project):
         flips += np.sum(new_y * y < 0)
         y = new_y
         np.testing.assert_allclose(params, x, rtol=0, atol=1e-12)
-        # The float weights follow from x and y: w - x = lam (x - y).
+        # The latent weights follow from x and y: w - x = lam (x - y).
+        assert (state.latent is None) == (kappa == 0)
         if kappa > 0:
             np.testing.assert_allclose(state.latent, x + kappa * lam * (x - y), rtol=0, atol=1e-11)
     assert flips > 0 or kappa < 0.9
 
 
+# Quantizers whose projection is the nearest point of their set, but for rounding; and those whose square of the
+# distance may exceed the least one by a share of |w|^2.
 EXACT = {
     "binary per channel": Binary(),
-    "binary per tensor": Binary(scale="tensor"),
-    "binary per group": Binary(scale="group", group=2),
-    "signs": Binary(scale=None),
-    "ternary": Ternary(),
-    "ternary per tensor": Ternary(scale="tensor"),
-    "ternary without scale": Ternary(scale=None),
-    "uniform": Uniform(bits=3),
-    "power of two": PowerOfTwo(bits=3, scale="tensor"),
-    "least squares": LeastSquares(bits=2),
+    "binary per tensor": Binary(axis=()),
+    "binary per group": Binary(group=2),
+    "signs": Binary(scale=1.0),
+    "ternary without scale": Ternary(scale=1.0),
+    "uniform without scale": Uniform(bits=3, scale=2.0),
+    "power of two without scale": PowerOfTwo(bits=3, scale=2.0),
 }
+NEARLY = {
+    "ternary": (Ternary(), 0.01),
+    "ternary per tensor": (Ternary(axis=()), 0.01),
+    "uniform": (Uniform(bits=3), 0.01),
+    "uniform of 4 bits per tensor": (Uniform(bits=4, axis=()), 0.01),
+    "power of two per tensor": (PowerOfTwo(bits=3, axis=()), 0.01),
+    "least squares": (LeastSquares(), 0.02),
+}
+weights_of_a_kernel = st.lists(st.floats(-4, 4, width=16), min_size=8, max_size=8)
 
 
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("quantizer", EXACT.values(), ids=EXACT)
-@given(
-    weights=st.lists(st.floats(-4, 4), min_size=8, max_size=8),
-    theta=st.floats(0.02, 1.0),
-)
-def test_a_point_on_the_way_to_the_projection_has_the_same_projection(quantizer, weights, theta):
-    w = jnp.asarray(weights).reshape(4, 2)
-    y = quantizer.project(w)
-    x = (1 - theta) * w + theta * y
-    again = quantizer.project(x)
-    # Next to Q the direction of w - y is nothing but rounding.
-    assume(bool(jnp.linalg.norm(w - y) > 1e-6) or theta == 1.0)
-    size = float(jnp.max(jnp.abs(w)))
-    np.testing.assert_allclose(again, y, rtol=0, atol=1e-9 * max(size, 1e-3))
+def blended(quantizer: Any, dtype: Any) -> Any:
+    """What w, and where a step without a gradient leads from it, are quantized to; and that point itself."""
+
+    @jax.jit
+    def step(w: jax.Array, theta: jax.Array) -> Any:
+        optimizer = three_block_splitting(
+            optax.identity(), quantizer=quantizer, relaxation=LinearBlend(theta), inertia=1.0
+        )
+        params = {"kernel": w.astype(dtype)}
+        x, _ = helpers.take_step(optimizer, {"kernel": 0 * w}, optimizer.init(params), params)
+        trees = (x, quantize(x, quantizer), quantize(params, quantizer))
+        return tuple(tree["kernel"].astype(jnp.float32) for tree in trees)
+
+    return step
 
 
-def test_every_kind_of_quantiser_is_among_them():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", EXACT)
+def test_a_point_on_the_way_to_the_projection_has_the_same_projection(name, dtype):
+    step = blended(EXACT[name], dtype)
+
+    @given(weights=weights_of_a_kernel, theta=st.floats(0.02, 1.0))
+    def check(weights, theta):
+        w = jnp.asarray(weights, jnp.float32).reshape(4, 2)
+        _, again, y = step(w, theta)
+        np.testing.assert_array_equal(again >= 0, y >= 0)
+        np.testing.assert_allclose(again, y, rtol=2e-6 if dtype == "float32" else 2e-2)
+
+    check()
+
+
+@pytest.mark.parametrize("name", NEARLY)
+def test_where_scales_are_searched_for_it_is_as_near_as_the_search_is_good(name):
+    quantizer, share = NEARLY[name]
+    step = blended(quantizer, "float32")
+    distance = lambda x, y: float(np.sum((np.float64(x) - np.float64(y)) ** 2))
+
+    def check(w, theta):
+        x, again, y = step(jnp.asarray(w, jnp.float32), theta)
+        assert distance(x, again) <= distance(x, y) + share * distance(x, 0) + 1e-9
+        # Once hard there is nothing left to search for.
+        hard, again_hard, _ = step(jnp.asarray(w, jnp.float32), 1.0)
+        np.testing.assert_allclose(hard, y, rtol=1e-6)
+        np.testing.assert_allclose(again_hard, y, rtol=1e-5)
+        return again, y
+
+    @given(weights=weights_of_a_kernel, theta=st.floats(0.02, 1.0))
+    def check_any(weights, theta):
+        check(np.reshape(weights, (4, 2)), theta)
+
+    check_any()
+    # Among many normal weights the two differ little.
+    w = np.random.default_rng(0).normal(size=(256, 16))
+    for theta in (0.1, 0.5, 0.9):
+        again, y = check(w, theta)
+        assert distance(again, y) < 0.03**2 * distance(w, 0)
+        assert np.all(again * y >= 0)
+
+
+def test_every_kind_of_quantizer_is_among_them():
     kinds = [getattr(stam_jax, name) for name in stam_jax.__all__]
-    of_quantizers = {kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Groups)}
-    assert {type(quantizer) for quantizer in EXACT.values()} == of_quantizers
+    of_quantizers = {kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Shared)}
+    tried = [*EXACT.values(), *(quantizer for quantizer, _ in NEARLY.values())]
+    assert {type(quantizer) for quantizer in tried} == of_quantizers
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_parameters_and_the_latent_weights_are_quantized_to_the_same_network(dtype):
+    """At every step of a run whose signs turn, before the network is hard and after."""
+    optimizer = stam(optax.sgd(0.3, momentum=0.9), hard_from=30, inertia=0.9)
+    keys = jax.random.split(jax.random.key(0), 40)
+
+    @jax.jit
+    def train(params: Any) -> Any:
+        def step(carry: Any, key: jax.Array) -> Any:
+            gradients = {"kernel": jax.random.normal(key, (32, 8), dtype)}
+            params, state = helpers.take_step(optimizer, gradients, carry[1], carry[0])
+            return (params, state), (quantize(params)["kernel"], quantize(state.latent)["kernel"])
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), keys)[1]
+
+    of_params, of_latent = train({"kernel": jax.random.normal(jax.random.key(1), (32, 8), dtype)})
+    # Step 0 does not pull yet.
+    of_params, of_latent = (np.asarray(y[1:], np.float32) for y in (of_params, of_latent))
+    np.testing.assert_array_equal(of_params > 0, of_latent > 0)
+    np.testing.assert_allclose(of_params, of_latent, rtol=2e-6 if dtype == "float32" else 2e-2)
+    assert np.mean(of_params[1:] * of_params[:-1] < 0) > 0.01
 
 
 @pytest.mark.parametrize(
@@ -351,23 +412,24 @@ def test_flip_work_may_leave_less_than_nothing_to_fall_and_a_step_size_needs_som
 
 
 @pytest.mark.usefixtures("x64")
-def test_noise_in_weights_that_stay_in_float_has_a_share_of_its_own():
-    """A binary weight that hardly moves beside a float one: without that share the bound would be broken."""
+def test_noise_in_weights_that_are_not_quantized_has_a_share_of_its_own():
+    """A quantized weight hardly moves beside one that is not: without that share the bound would be broken."""
     rho, float_noise, steps = 79.0, 0.05, 5000
     hessian = jnp.array([[-0.64, 0.7], [0.7, 1.4]])
     smoothness = float(np.max(np.abs(np.linalg.eigvalsh(hessian))))
     whole = lambda params: jnp.array([params["kernel"][0, 0] - 1, params["bias"][0]])
     loss = lambda params: 0.5 * whole(params) @ hessian @ whole(params)
-    signs, eta = Binary(scale=None), 1 / smoothness
-    optimizer = stam(eta, penalty=rho, quantizer=signs)
+    signs, eta = Binary(scale=1.0), 1 / smoothness
+    optimizer = stam_proximal(eta, rho, quantizer=signs)
     start = {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
 
     def one(key: jax.Array) -> Any:
         def step(carry: Any, key: jax.Array) -> Any:
             params, state = carry
             gradients = jax.grad(loss)(params)
-            found = diagnostics.residual(gradients, state, params, penalty=rho)
-            objective = diagnostics.objective(loss(params), state, params, penalty=rho).total
+            model: Any = {"penalty": rho, "quantizer": signs}
+            found = diagnostics.residual(gradients, state, params, **model)
+            objective = diagnostics.objective(loss(params), state, params, **model).total
             noisy = gradients | {"bias": gradients["bias"] + float_noise * jax.random.normal(key, (1,))}
             squares = found.leaves["kernel"].total ** 2, found.leaves["bias"].total ** 2
             return helpers.take_step(optimizer, noisy, state, params), (*squares, objective)
@@ -384,7 +446,7 @@ def test_noise_in_weights_that_stay_in_float_has_a_share_of_its_own():
         "penalty": rho,
     }
     assert np.all(of_kernel + (1 + eta * rho) * of_bias < theory.bound(eta, float_noise=float_noise, **known))
-    # As if the noise were in the quantised weights.
+    # As if the noise were in the quantized weights.
     assert np.all(of_kernel + of_bias > theory.bound(eta, **(known | {"noise": float_noise})))
 
 
@@ -418,7 +480,7 @@ def test_a_flat_loss_has_no_curvature():
     found = theory.estimate_smoothness(flat, point, key=jax.random.key(0))
     assert (float(found.value), float(found.change)) == (0, 0)
     for iterations, error in ((0, ValueError), (2.5, TypeError)):
-        with pytest.raises(error, match="iterations must be a whole number of at least 1"):
+        with pytest.raises(error, match="estimate_smoothness: iterations"):
             theory.estimate_smoothness(
                 jnp.sum,
                 jnp.ones(3),

@@ -1,7 +1,6 @@
 """Packed networks on disk: safetensors files with a few bits per quantized weight. See docs/format.md."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -14,15 +13,12 @@ import numpy as np
 
 from stam_jax import _paths
 from stam_jax.packing import _safetensors
-from stam_jax.packing._packed import BUILT_IN, Packed, is_packed, options_of, quantizer_of
-from stam_jax.quantizers import Quantizer, Scaled, bits_per_weight, level_count
+from stam_jax.packing._packed import BUILT_IN, Packed, described, is_packed, layout, quantizer_of
+from stam_jax.quantizers import Quantizer, Scaled
 
 VERSION = 2
 _KEY, _CODES, _SCALES = "stam_jax", "#codes", "#scales"
-_DTYPES = {
-    np.dtype(dtype).name: np.dtype(dtype)
-    for dtype in ("float64", "float32", "float16", jnp.bfloat16, jnp.float8_e4m3fn, jnp.float8_e5m2)
-}
+_DTYPES = {np.dtype(dtype).name: np.dtype(dtype) for dtype in ("float64", "float32", "float16", jnp.bfloat16)}
 
 
 class PackedFileError(ValueError):
@@ -63,26 +59,27 @@ def save_packed(path: str | Path, tree: Any, *, metadata: Mapping[str, Any] | No
         [[ 2. -1.]
          [-2.  1.]]
     """
-    leaves = {
-        name: leaf for name, leaf in _paths.flatten_named(tree, is_packed)[0].items() if not _hole(leaf)
-    }
     arrays: dict[str, np.ndarray] = {}
-    packed: dict[str, Packed] = {}
-    for name, leaf in leaves.items():
+    packed: dict[str, Any] = {}
+    for name, leaf in _paths.flatten_named(tree, is_packed)[0].items():
         parts = {name: leaf}
-        if is_packed(leaf):
-            packed[name] = leaf
-            parts = {name + _CODES: leaf.codes, name + _SCALES: leaf.scales}
-        for key, part in parts.items():
-            if key in arrays:
-                raise ValueError(f"save_packed: the name of the leaf {name!r} is taken: rename it.")
-            arrays[key] = _array(name, part)
-    described = {name: _described(name, leaf) for name, leaf in packed.items()}
-    _see_promises_kept(packed)
+        try:
+            if is_packed(leaf):
+                parts = {name + _CODES: leaf.codes, name + _SCALES: leaf.scales}
+                packed[name] = described(leaf.shape, leaf.dtype, leaf.quantizer) | {"bits": leaf.bits}
+            parts = {key: _array(part) for key, part in parts.items()}
+            if is_packed(leaf):
+                _check(dataclasses.replace(leaf, codes=parts[name + _CODES], scales=parts[name + _SCALES]))
+        except (TypeError, ValueError, RuntimeError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"save_packed: the leaf {name!r} cannot be stored: {error}") from error
+        if not arrays.keys().isdisjoint(parts):
+            raise ValueError(f"save_packed: the name of the leaf {name!r} is taken: rename it.")
+        arrays |= parts
     body = {
         "version": VERSION,
         "bit_order": "little",
-        "packed": described,
+        "packed": packed,
         "metadata": dict(metadata or {}),
     }
     try:
@@ -134,15 +131,19 @@ def load_packed(path: str | Path, like: Any = None, *, quantizers: Sequence[type
     names = [cls.__name__ for cls in quantizers]
     if len({*names, *BUILT_IN}) != len(names) + len(BUILT_IN):
         raise ValueError(f"load_packed: the quantizers {', '.join(names)} must have names of their own.")
-    body, arrays = _read(path, quantizers)
-    leaves: dict[str, Any] = {}
-    for name, leaf in body["packed"].items():
-        codes, scales = arrays.pop(name + _CODES), arrays.pop(name + _SCALES)
-        leaves[name] = dataclasses.replace(leaf, codes=codes, scales=scales)
-    leaves |= arrays
-    if like is None:
-        return leaves
-    return _in_shape_of(like, leaves, path)
+    known = BUILT_IN | dict(zip(names, quantizers, strict=True))
+    said, arrays = _read(path)
+    packed: dict[str, Any] = {}
+    for name, value in said["packed"].items():
+        parts = [arrays.pop(name + part, None) for part in (_CODES, _SCALES)]
+        try:
+            packed[name] = _leaf(value, *parts, known)
+        except (TypeError, KeyError, ValueError) as error:
+            raise PackedFileError(f"{path}: the leaf {name!r} cannot be read: {error}") from error
+    if twice := packed.keys() & arrays.keys():
+        raise PackedFileError(f"{path}: it has the leaves {', '.join(twice)} twice, packed and whole.")
+    leaves = packed | arrays
+    return leaves if like is None else _in_shape_of(like, leaves, path)
 
 
 def packed_metadata(path: str | Path) -> dict[str, Any]:
@@ -168,59 +169,30 @@ def packed_metadata(path: str | Path) -> dict[str, Any]:
         ...     print(packed_metadata(path))
         {'seed': 0}
     """
-    return _read(Path(path), None)[0]["metadata"]
+    return _read(Path(path))[0]["metadata"]
 
 
-def _hole(leaf: Any) -> bool:
-    return not is_packed(leaf) and _paths.is_masked(leaf)
-
-
-def _array(name: str, leaf: Any) -> np.ndarray:
+def _array(leaf: Any) -> np.ndarray:
     """A leaf as it is stored."""
-    try:
-        array = np.asarray(leaf)
-    except TypeError as error:
-        raise TypeError(f"save_packed: the leaf {name!r} is not an array: {error}") from error
+    array = np.asarray(leaf)
     if array.dtype == object:
-        raise TypeError(f"save_packed: the leaf {name!r} is {leaf!r}, not an array.")
+        raise TypeError(f"{leaf!r} is not an array.")
     return array
 
 
-def _see_promises_kept(packed: dict[str, Packed]) -> None:
-    """Raise for a packed leaf that is not what its quantizer promises."""
-    for name, leaf in packed.items():
-        try:
-            _see_fit(leaf, leaf.codes, leaf.scales)
-            _see_contents(leaf, np.asarray(leaf.codes), np.asarray(leaf.scales))
-        except ValueError as error:
-            raise ValueError(f"save_packed: the leaf {name!r}: {error}") from error
-
-
-def _see_fit(leaf: Packed, codes: Any, scales: Any) -> None:
-    """Raise for codes and scales that cannot be those of a leaf, by shapes and dtypes."""
+def _check(leaf: Packed) -> None:
+    """Raise for codes and scales that are not what the quantizer gives an array of that shape."""
+    quantizer, codes, scales = leaf.quantizer, leaf.codes, leaf.scales
     *rows, row = leaf.shape or (1,)
     try:
-        shape = _shape_of_scales(leaf.quantizer, leaf.shape)
-        expected = (*rows, -(-row * leaf.bits // 8))
+        bits, levels, shape = layout(quantizer, leaf.shape)
     except Exception as error:  # Whatever a quantizer says of shapes that it cannot use.
         raise ValueError(f"its quantizer cannot have its shape: {error}") from error
+    expected = (*rows, -(-row * bits // 8))
     if codes.dtype != np.uint8 or codes.shape != expected:
         raise ValueError(f"its codes are {codes.dtype}{list(codes.shape)} and not uint8{list(expected)}.")
-    if scales.dtype not in (np.float32, np.float64):
-        raise ValueError(f"its scales are {scales.dtype} and neither float32 nor float64.")
-    if scales.shape != shape:
-        raise ValueError(f"its scales are of shape {list(scales.shape)} and not {list(shape)}.")
-
-
-@functools.lru_cache(maxsize=1024)
-def _shape_of_scales(quantizer: Quantizer, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the scales of an array."""
-    return jax.eval_shape(quantizer.scales, jax.ShapeDtypeStruct(shape, np.float32)).shape
-
-
-def _see_contents(leaf: Packed, codes: np.ndarray, scales: np.ndarray) -> None:
-    """Raise for codes and scales of a leaf that its quantizer does not have."""
-    quantizer, bits = leaf.quantizer, leaf.bits
+    if scales.dtype not in (np.float32, np.float64) or scales.shape != shape:
+        raise ValueError(f"its scales are {scales.dtype}{list(scales.shape)} and not float32{list(shape)}.")
     if not np.all(np.isfinite(scales)):
         raise ValueError("it has scales that are not finite.")
     fixed = quantizer.scale if isinstance(quantizer, Scaled) else None
@@ -228,28 +200,11 @@ def _see_contents(leaf: Packed, codes: np.ndarray, scales: np.ndarray) -> None:
         np.any(scales < 0) or (fixed is not None and np.any(scales != scales.dtype.type(fixed)))
     ):
         raise ValueError(f"it has scales that {quantizer!r} does not have.")
-    levels = level_count(quantizer, leaf.shape)
     if codes.size and levels < 2**bits:
-        flags = np.unpackbits(codes, axis=-1, bitorder="little")
-        flags = flags[..., : flags.shape[-1] // bits * bits]
-        fields = flags.reshape(*flags.shape[:-1], -1, bits)
-        largest = np.max(fields @ (1 << np.arange(bits, dtype=np.uint8)), initial=0)
+        flags = np.unpackbits(codes, axis=-1, count=row * bits, bitorder="little")
+        largest = np.max(flags.reshape(-1, bits) @ (1 << np.arange(bits, dtype=np.uint8)))
         if largest >= levels:
             raise ValueError(f"it has a code {largest} that {quantizer!r} does not have.")
-
-
-def _described(name: str, leaf: Packed) -> dict[str, Any]:
-    """What the file says of a packed leaf beside its codes and scales."""
-    try:
-        options = options_of(leaf.quantizer)
-    except TypeError as error:
-        raise TypeError(f"save_packed: the leaf {name!r}: {error}") from error
-    return {
-        "shape": list(leaf.shape),
-        "dtype": leaf.dtype.name,
-        "bits": leaf.bits,
-        "quantizer": {"name": type(leaf.quantizer).__name__, "options": options},
-    }
 
 
 def _digest(body: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
@@ -264,13 +219,10 @@ def _digest(body: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, quantizers: Sequence[type[Quantizer]] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a file says of itself, packed leaves as `Packed` without contents, and its arrays.
-
-    Quantisers are looked up unless they are None.
-    """
-
-    def accept(texts: dict[str, str], entries: dict[str, _safetensors.Entry]) -> tuple[Any, Any]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a file says of itself, and its arrays; it is seen to be whole, but not yet to make sense."""
+    try:
+        texts, arrays = _safetensors.read(path)
         if _KEY not in texts:
             raise ValueError("it is a safetensors file, but none of save_packed.")
         try:
@@ -280,64 +232,38 @@ def _read(path: Path, quantizers: Sequence[type[Quantizer]] | None) -> tuple[dic
             raise ValueError("what it says of itself cannot be read.") from error
         if type(version) is not int or version != VERSION:
             raise ValueError(f"it is of format version {version!r}; this release reads version {VERSION}.")
+        if said.pop("sha256", None) != _digest(said, arrays):
+            raise ValueError("its contents do not match its digest: it was altered or damaged.")
         if not isinstance(said.get("packed"), dict) or not isinstance(said.get("metadata"), dict):
             raise ValueError("what it says of itself is incomplete.")
         if said.get("bit_order") != "little":
             raise ValueError(f"its bit order is {said.get('bit_order')!r}, and not 'little'.")
-        if quantizers is None:
-            return said, {}
-        known = BUILT_IN | {cls.__name__: cls for cls in quantizers}
-        return said, {name: _leaf(name, value, entries, known) for name, value in said["packed"].items()}
-
-    try:
-        (said, packed), arrays = _safetensors.read(path, accept)
-        found = said.pop("sha256", None)
-        if found != _digest(said, arrays):
-            raise ValueError("its contents do not match its digest: it was altered or damaged.")
-        for name, leaf in packed.items():
-            try:
-                _see_contents(leaf, arrays[name + _CODES], arrays[name + _SCALES])
-            except ValueError as error:
-                raise ValueError(f"the leaf {name!r}: {error}") from error
     except ValueError as error:
         raise PackedFileError(f"{path}: {error}") from error
-    return said | {"packed": packed}, arrays
+    return said, arrays
 
 
-def _leaf(
-    name: str, value: Any, entries: dict[str, _safetensors.Entry], known: dict[str, type[Any]]
-) -> Packed:
-    """A packed leaf without its contents, which are seen to fit."""
-    try:
-        kind, options = value["quantizer"]["name"], dict(value["quantizer"]["options"])
-        shape, dtype, bits = value["shape"], _DTYPES[value["dtype"]], value["bits"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"what it says of the leaf {name!r} cannot be read: {error!r}.") from error
+def _leaf(value: Any, codes: Any, scales: Any, known: Mapping[str, type[Any]]) -> Packed:
+    """A packed leaf, which is seen to make sense."""
+    if codes is None or scales is None:
+        raise ValueError("its codes or its scales are missing.")
+    kind, options = value["quantizer"]["name"], dict(value["quantizer"]["options"])
+    shape, dtype = value["shape"], _DTYPES[value["dtype"]]
     if not _safetensors.is_shape(shape):
-        raise ValueError(f"the leaf {name!r} cannot have the shape that it says.")
-    shape = tuple(shape)
-    if not isinstance(kind, str) or kind not in known:
+        raise ValueError("it cannot have the shape that it says.")
+    if kind not in known:
         raise ValueError(
-            f"the leaf {name!r} has the quantizer {kind!r}, which is unknown here; known are "
-            f"{', '.join(known)}. Name a class of your own in `quantizers`."
+            f"it has the quantizer {kind!r}, which is unknown here; known are {', '.join(known)}. Name a "
+            "class of your own in `quantizers`."
         )
     try:
         quantizer = quantizer_of(known[kind], options)
-        found = bits_per_weight(quantizer, shape)
     except Exception as error:  # Whatever a class says of options that it does not know.
-        raise ValueError(f"the leaf {name!r} has a quantizer that cannot be: {error}") from error
-    if type(bits) is not int or not 1 <= bits <= 8 or bits != found:
-        raise ValueError(f"the leaf {name!r} has {bits!r} bits, and its quantizer {found}.")
-    if name in entries:
-        raise ValueError(f"it has the leaf {name!r} twice, packed and whole.")
-    leaf = Packed(codes=None, scales=None, shape=shape, dtype=dtype, quantizer=quantizer)
-    for part in (name + _CODES, name + _SCALES):
-        if part not in entries:
-            raise ValueError(f"it lacks the array {part!r}.")
-    try:
-        _see_fit(leaf, entries[name + _CODES], entries[name + _SCALES])
-    except ValueError as error:
-        raise ValueError(f"the leaf {name!r}: {error}") from error
+        raise ValueError(f"it has a quantizer that cannot be: {error}") from error
+    leaf = Packed(codes=codes, scales=scales, shape=tuple(shape), dtype=dtype, quantizer=quantizer)
+    _check(leaf)
+    if value["bits"] != leaf.bits:
+        raise ValueError(f"it has {value['bits']!r} bits, and its quantizer {leaf.bits}.")
     return leaf
 
 
@@ -347,19 +273,13 @@ def _in_shape_of(like: Any, leaves: dict[str, Any], path: Path) -> Any:
     Raises:
         ValueError: if a leaf is missing or left over, or of another shape or dtype.
     """
-    wanted, structure = _paths.flatten_named(like, lambda node: is_packed(node) or _paths.is_masked(node))
-    names = [name for name, leaf in wanted.items() if not _hole(leaf)]
-    for name in [*names, *leaves]:
-        if name not in leaves or name not in names:
+    wanted, structure = _paths.flatten_named(like, is_packed)
+    for name in [*wanted, *leaves]:
+        if name not in leaves or name not in wanted:
             where = "like has but the file lacks" if name not in leaves else "the file has but like lacks"
             raise ValueError(f"{path}: there is a leaf {name!r} that {where}.")
-    for name in names:
         other = wanted[name] if hasattr(wanted[name], "shape") else np.asarray(wanted[name])
-        mine, theirs = ((tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in (leaves[name], other))
+        mine, theirs = (f"{np.dtype(x.dtype)}{list(x.shape)}" for x in (leaves[name], other))
         if mine != theirs:
-            say = lambda leaf: f"{leaf[1]}{list(leaf[0])}"
-            raise ValueError(
-                f"{path}: the leaf {name!r} is {say(mine)} in the file and {say(theirs)} in like."
-            )
-    filled = [leaf if _hole(leaf) else leaves[name] for name, leaf in wanted.items()]
-    return jax.tree.unflatten(structure, filled)
+            raise ValueError(f"{path}: the leaf {name!r} is {mine} in the file and {theirs} in like.")
+    return jax.tree.unflatten(structure, [leaves[name] for name in wanted])

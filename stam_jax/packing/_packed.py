@@ -5,7 +5,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.export
@@ -21,7 +21,6 @@ from stam_jax.quantizers import (
     Quantizer,
     Ternary,
     Uniform,
-    bits_per_weight,
     decode,
     encode,
     spread,
@@ -70,7 +69,7 @@ class Packed:
     @property
     def bits(self) -> int:
         """Bits per weight, beside the scales."""
-        return bits_per_weight(self.quantizer, self.shape)
+        return layout(self.quantizer, self.shape).bits
 
     @property
     def nbytes(self) -> int:
@@ -93,6 +92,28 @@ class Packed:
         codes = sum((flags[..., i] << i for i in range(bits)), jnp.zeros(self.shape, jnp.uint8))
         levels = [spread(level, self.shape) for level in self.quantizer.levels(jnp.asarray(self.scales))]
         return decode(codes, levels).astype(self.dtype)
+
+
+class Layout(NamedTuple):
+    """How an array is packed.
+
+    Args:
+        bits: per weight.
+        levels: how many values a weight can take.
+        scales: the shape of the scales.
+    """
+
+    bits: int
+    levels: int
+    scales: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def layout(quantizer: Quantizer, shape: tuple[int, ...]) -> Layout:
+    """How a quantizer has an array of that shape packed."""
+    scales = jax.eval_shape(quantizer.scales, jax.ShapeDtypeStruct(shape, np.float32))
+    levels = len(jax.eval_shape(lambda s: list(quantizer.levels(s)), scales))
+    return Layout(max((levels - 1).bit_length(), 1), levels, scales.shape)
 
 
 def is_packed(node: Any) -> bool:
@@ -139,18 +160,22 @@ def quantizer_of(kind: type[Any], options: Mapping[str, Any]) -> Quantizer:
     return quantizer
 
 
-def _to_bytes(auxiliary: Any) -> bytes:
-    """What `jax.export` keeps of a `Packed` beside its arrays."""
-    shape, dtype, quantizer = auxiliary
-    if type(quantizer) is not BUILT_IN.get(type(quantizer).__name__):
+def described(shape: tuple[int, ...], dtype: Any, quantizer: Quantizer) -> dict[str, Any]:
+    """What files and exported functions say of a `Packed` beside its arrays."""
+    said = {"name": type(quantizer).__name__, "options": options_of(quantizer)}
+    return {"shape": list(shape), "dtype": np.dtype(dtype).name, "quantizer": said}
+
+
+def _to_bytes(auxiliary: tuple[Any, Any, Any]) -> bytes:
+    quantizer = auxiliary[-1]
+    if type(quantizer) not in BUILT_IN.values():
         raise ValueError(f"jax.export stores Packed with the quantizers of stam_jax only; got {quantizer!r}.")
-    said = {"shape": shape, "dtype": np.dtype(dtype).name, "quantizer": type(quantizer).__name__}
-    return json.dumps(said | {"options": options_of(quantizer)}).encode()
+    return json.dumps(described(*auxiliary)).encode()
 
 
-def _from_bytes(data: bytes) -> Any:
+def _from_bytes(data: bytes) -> tuple[Any, Any, Any]:
     said = json.loads(data)
-    quantizer = quantizer_of(BUILT_IN[said["quantizer"]], said["options"])
+    quantizer = quantizer_of(BUILT_IN[said["quantizer"]["name"]], said["quantizer"]["options"])
     return tuple(said["shape"]), np.dtype(jnp.dtype(said["dtype"])), quantizer
 
 
@@ -167,17 +192,20 @@ def _rows(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames="quantizer")
-def _codes(quantizer: Quantizer, w: jax.Array, scales: jax.Array) -> jax.Array:
-    """The codes of one leaf."""
+def _encoded(quantizer: Quantizer, w: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The codes of one leaf, and its gap."""
     levels = [spread(level, w.shape) for level in quantizer.levels(scales)]
-    return encode(w.astype(wide(w.dtype)), levels)
+    codes = encode(w.astype(wide(w.dtype)), levels)
+    return codes, gap_of(w, decode(codes, levels).astype(w.dtype))
 
 
 @jax.jit
 def gap_of(x: jax.Array, y: jax.Array) -> jax.Array:
-    """|y - x| / |x| of one leaf, in float32 at least; 0 where they are equal."""
+    """|y - x| / |x| of one leaf, in float32 at least; 0 where they are equal, NaN where x is not finite."""
     x = x.astype(wide(x.dtype))
-    distance, norm = (jnp.sqrt(jnp.sum(jnp.square(a))) for a in (y.astype(x.dtype) - x, x))
+    largest = jnp.max(jnp.abs(x), initial=0)
+    unit = jnp.where(largest == 0, 1, largest)  # No square is too large or too small for the dtype.
+    distance, norm = (jnp.sqrt(jnp.sum(jnp.square(a / unit))) for a in (y.astype(x.dtype) - x, x))
     return jnp.where(distance == 0, 0, distance / jnp.where(norm == 0, 1, norm))
 
 
@@ -223,27 +251,28 @@ def _pack_leaf(path: str, leaf: Any, quantizer: Quantizer | None) -> Any:
             "jax.experimental.multihost_utils.process_allgather(params, tiled=True)."
         )
     if quantizer is None:
-        is_array = isinstance(leaf, jax.Array | np.ndarray) and not jnp.issubdtype(
-            leaf.dtype, jax.dtypes.extended
-        )
+        if isinstance(leaf, np.ndarray):
+            return leaf.copy()
+        is_array = isinstance(leaf, jax.Array) and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
         return jnp.asarray(np.array(leaf)) if is_array else leaf
     with _assignment.naming("pack", path):
         w = jnp.asarray(leaf)
+        bits = layout(quantizer, w.shape).bits
+        if bits > 8:
+            raise ValueError(f"{quantizer!r} has more than 256 levels")
         # Where the array lies, as `quantize` does: sums over shards round otherwise than sums over the whole.
         scales = scales_of(quantizer, w)
-        codes, scales = np.asarray(_codes(quantizer, w, scales)), np.asarray(scales)
-    if not np.all(np.isfinite(scales)):
-        raise ValueError(f"pack: the leaf {path!r} has values that are not finite.")
-    rows = _rows(codes, bits_per_weight(quantizer, w.shape))
-    packed = Packed(jnp.asarray(rows), jnp.asarray(scales), w.shape, np.dtype(w.dtype), quantizer)
-    gap = float(gap_of(np.asarray(w), unpacked(packed)))
-    if not gap <= _LARGEST_GAP:
+        codes, gap = map(np.asarray, _encoded(quantizer, w, scales))
+        scales = np.asarray(scales)
+        if np.isnan(gap) or not np.all(np.isfinite(scales)):
+            raise ValueError("it has weights or scales that are not finite")
+    if gap > _LARGEST_GAP:
         raise ValueError(
             f"pack: the leaf {path!r} is {gap:.2g} of its norm away from its quantized weights: its "
             f"quantizer {quantizer!r} is not that of the training, or the network is not hard yet. To pack "
             "it all the same, quantize it first: pack(quantize(params, quantizer), quantizer)."
         )
-    return packed
+    return Packed(jnp.asarray(_rows(codes, bits)), jnp.asarray(scales), w.shape, np.dtype(w.dtype), quantizer)
 
 
 def unpack(tree: Any) -> Any:
@@ -271,6 +300,3 @@ def unpack(tree: Any) -> Any:
         [0. 0.]
     """
     return jax.tree.map(lambda node: node.unpack() if is_packed(node) else node, tree, is_leaf=is_packed)
-
-
-unpacked = jax.jit(unpack)

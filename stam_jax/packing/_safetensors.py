@@ -11,9 +11,9 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,33 +34,22 @@ _METADATA = "__metadata__"
 _LONGEST_HEADER = 100_000_000
 _MOST_AXES = 64  # As many as NumPy knows.
 
-T = TypeVar("T")
-
 
 def is_shape(value: Any) -> bool:
     """Whether a value from a file can be the shape of an array."""
-    if not isinstance(value, list | tuple) or len(value) > _MOST_AXES:
-        return False
-    if not all(type(n) is int and n >= 0 for n in value):
-        return False
-    # Also of an empty array: what computes with shapes multiplies the other sides.
-    return math.prod(max(n, 1) for n in value) < 2**58
+    return (
+        isinstance(value, list)
+        and len(value) <= _MOST_AXES
+        and all(type(n) is int and n >= 0 for n in value)
+        # Also of an empty array: what computes with shapes multiplies the other sides.
+        and math.prod(max(n, 1) for n in value) < 2**58
+    )
 
 
-class Entry(NamedTuple):
-    """What the header says of one array.
-
-    Args:
-        dtype: of the array.
-        shape: of the array.
-        begin: where its bytes begin, behind the header.
-        end: where they end.
-    """
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
+def contents(array: np.ndarray) -> Any:
+    """The bytes of an array as they are stored: in C order, little-endian."""
+    stored = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return stored.reshape(-1).view(np.uint8).data
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> int:
@@ -76,17 +65,16 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
 
     Raises:
         TypeError: for an array of a dtype that the format has no name for.
-        ValueError: for a name that the format cannot store.
+        ValueError: for a name that the format cannot store, or a header that is too long.
     """
-    for name in arrays:
-        if name == _METADATA or not _is_text(name):
-            raise ValueError(f"the array {name!r} has a name that cannot be stored: rename it.")
     header: dict[str, Any] = {_METADATA: dict(metadata)}
     # The widest first, so that all are aligned.
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     begin = 0
     for name in order:
         array = arrays[name]
+        if name == _METADATA or name.encode(errors="replace").decode() != name:
+            raise ValueError(f"the array {name!r} has a name that cannot be stored: rename it.")
         if array.dtype not in _NAMES:
             raise TypeError(f"the array {name!r} has the dtype {array.dtype}, which cannot be stored.")
         end = begin + array.nbytes
@@ -109,8 +97,7 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
             file.write(len(text).to_bytes(8, "little"))
             file.write(text)
             for name in order:
-                array = arrays[name]
-                file.write(contents(array))
+                file.write(contents(arrays[name]))
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -119,75 +106,45 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
     return path.stat().st_size
 
 
-def contents(array: np.ndarray) -> Any:
-    """The bytes of an array as they are stored: in C order, little-endian."""
-    stored = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    return stored.reshape(-1).view(np.uint8).data
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def read(
-    path: Path, accept: Callable[[dict[str, str], dict[str, Entry]], T]
-) -> tuple[T, dict[str, np.ndarray]]:
+def read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     """Read a file whose header holds water.
 
     Args:
         path: of the file.
-        accept: called with the metadata and the entries before the arrays are read; it may raise.
 
     Returns:
-        What `accept` has returned, and the arrays by name.
+        The metadata, and the arrays by name, which share the memory of the file.
 
     Raises:
         ValueError: if it is no such file, or was cut or altered.
         OSError: if it cannot be read.
     """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        metadata, entries, start = _header(file, size)
-        accepted = accept(metadata, entries)
-        data = bytearray(size - start)
-        if file.readinto(data) != len(data):
-            raise ValueError("it is shorter than it says.")
-    arrays = {
-        name: np.frombuffer(data, entry.dtype.newbyteorder("<"), math.prod(entry.shape), entry.begin)
-        .astype(entry.dtype, copy=False)
-        .reshape(entry.shape)
-        for name, entry in entries.items()
-    }
-    return accepted, arrays
-
-
-def _header(file: Any, size: int) -> tuple[dict[str, str], dict[str, Entry], int]:
-    """The metadata and the entries of an open file of that size, and where its data start."""
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+    data = np.fromfile(path, np.uint8)
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    if length > min(data.size - 8, _LONGEST_HEADER):
         raise ValueError("it is not a safetensors file, or was cut off.")
+    header, data = data[8 : 8 + length].tobytes(), data[8 + length :]
     try:
-        header = json.loads(file.read(length), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError("it is not a safetensors file: its header is no JSON.") from error
-    if not isinstance(header, dict):
-        raise ValueError("it is not a safetensors file: its header is no JSON object.")
-    metadata = header.pop(_METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        header = json.loads(header, object_pairs_hook=_unique)
+        metadata = header.pop(_METADATA, {})
+        is_told = isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
+        entries = [(*x["data_offsets"], _DTYPES[x["dtype"]], x["shape"], name) for name, x in header.items()]
+        entries.sort(key=lambda entry: entry[:2])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"it is not a safetensors file: its header cannot be read: {error!r}.") from error
+    if not is_told:
         raise ValueError("its metadata are not texts by name.")
-    entries = {name: _entry(name, value) for name, value in header.items()}
-    end = 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if entry.begin != end:
-            raise ValueError(f"the array {name!r} does not begin where the one before it ends.")
-        end = entry.end
-    if end != size - 8 - length:
-        raise ValueError(f"it holds {size - 8 - length} bytes of arrays and should hold {end}.")
-    return metadata, entries, 8 + length
+    at, arrays = 0, {}
+    for *offsets, dtype, shape, name in entries:
+        if not is_shape(shape) or offsets != [at, end := at + math.prod(shape) * dtype.itemsize]:
+            raise ValueError(f"the bytes of the array {name!r} do not make its shape.")
+        if end > data.size:
+            raise ValueError(f"the array {name!r} is cut off.")
+        array = data[at:end].view(dtype.newbyteorder("<")).astype(dtype, copy=False)
+        arrays[name], at = array.reshape(shape), end
+    if at != data.size:
+        raise ValueError(f"it holds {data.size} bytes of arrays and should hold {at}.")
+    return metadata, arrays
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -196,15 +153,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) != len(pairs):
         raise ValueError("a name comes twice")
     return values
-
-
-def _entry(name: str, value: Any) -> Entry:
-    """What the header says of one array, if that can be."""
-    try:
-        dtype, shape, (begin, end) = _DTYPES[value["dtype"]], value["shape"], value["data_offsets"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"what its header says of the array {name!r} cannot be read.") from error
-    whole = is_shape(shape) and all(type(n) is int and n >= 0 for n in (begin, end))
-    if not whole or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"the bytes of the array {name!r} cannot make its shape.")
-    return Entry(dtype, tuple(shape), begin, end)

@@ -1,0 +1,152 @@
+"""Weights spread over eight devices whose axes are part of types, and optimizers inside shard_map."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from stam_jax import Binary, LeastSquares, PowerOfTwo, Ternary, Uniform, pack, quantize, stam, tabulate
+from tests import helpers
+from tests.methods import METHODS
+
+rng = np.random.default_rng(0)
+START = {"kernel": np.float32(rng.normal(size=(16, 8))), "bias": np.zeros(8, np.float32)}
+INPUTS = np.float32(rng.normal(size=(32, 16)))
+TARGETS = np.float32(rng.normal(size=(32, 8)))
+# With inputs spread over eight devices, two to each.
+TRAINED = (
+    Binary(),
+    Binary(axis=()),
+    Binary(axis=0),
+    Binary(axis=0, group=4),
+    Binary(group=16),
+    Ternary(),
+    Uniform(bits=3),
+    PowerOfTwo(bits=3),
+    LeastSquares(),
+)
+# Groups of inputs that are spread.
+REFUSED = (Binary(group=2), Binary(group=4), Ternary(group=8), LeastSquares(group=2))
+
+
+def loss(params: Any, inputs: Any = INPUTS, targets: Any = TARGETS) -> jax.Array:
+    return jnp.mean((jnp.asarray(inputs) @ params["kernel"] + params["bias"] - targets) ** 2)
+
+
+def trained(optimizer: optax.GradientTransformation, params: Any, steps: int = 4) -> Any:
+    state = jax.jit(optimizer.init)(params)
+    step = jax.jit(lambda params, state: helpers.take_step(optimizer, jax.grad(loss)(params), state, params))
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params, state
+
+
+def in_eight(code: str) -> None:
+    """Calls a function of this module in a process with eight devices."""
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
+    code = f"import jax; assert jax.device_count() == 8; from tests import test_meshes as t; t.{code}"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def spread_over_inputs() -> Any:
+    """The parameters on a mesh as `jax.make_mesh` makes it, the inputs of the kernel spread over its axis."""
+    mesh = jax.make_mesh((8,), ("rows",))
+    assert mesh.axis_types == (AxisType.Explicit,)
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("rows",), ()))
+    params = {"kernel": jax.device_put(START["kernel"], rows), "bias": jax.device_put(START["bias"], whole)}
+    return mesh, params
+
+
+def check_training() -> None:
+    mesh, params = spread_over_inputs()
+    optimizers = {str(q): stam(optax.sgd(0.1, momentum=0.9), hard_from=2, quantizer=q) for q in TRAINED}
+    optimizers |= {name: method(optax.sgd(0.1)) for name, method in METHODS.items()}
+    for name, optimizer in optimizers.items():
+        with jax.set_mesh(mesh):
+            after, state = trained(optimizer, params)
+        expected, _ = trained(optimizer, jax.tree.map(jnp.asarray, START))
+        close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5, err_msg=name)
+        jax.tree.map(close, jax.tree.map(np.asarray, after), jax.tree.map(np.asarray, expected))
+        # What a state keeps of the kernel is spread like it.
+        kernels = [leaf for leaf in jax.tree.leaves((after, state)) if leaf.shape == (16, 8)]
+        assert kernels, name
+        assert all(jax.typeof(leaf) == jax.typeof(params["kernel"]) for leaf in kernels), name
+    for quantizer in TRAINED:
+        with jax.set_mesh(mesh):
+            y = quantize(params, quantizer)
+            table, packed = tabulate(y, quantizer), pack(y, quantizer)
+        expected = quantize(START, quantizer)["kernel"]
+        np.testing.assert_allclose(y["kernel"], expected, rtol=1e-6, err_msg=str(quantizer))
+        assert jax.typeof(y["kernel"]) == jax.typeof(params["kernel"])
+        assert {row.path: row.gap for row in table.rows}["kernel"] <= 2e-6
+        np.testing.assert_array_equal(packed["kernel"].unpack(), y["kernel"])
+
+
+def check_refusal() -> None:
+    mesh, params = spread_over_inputs()
+    for quantizer in REFUSED:
+        # On one device it is fine.
+        quantize(START, quantizer)
+        uses = [method(optax.sgd(0.1), quantizer=quantizer).init for name, method in METHODS.items()]
+        if not isinstance(quantizer, Binary):
+            uses = [stam(hard_from=1, quantizer=quantizer).init]
+        uses += [jax.jit(uses[0]), *(partial(f, quantizer=quantizer) for f in (quantize, tabulate))]
+        for use in uses:
+            with jax.set_mesh(mesh), pytest.raises(ValueError, match="'kernel'"):
+                use(params)
+
+
+def check_shards() -> None:
+    """In shard_map the parameters may be whole on each device, but no shards: of these no scales are known."""
+    mesh = jax.make_mesh((8,), ("data",))
+    data, whole = PartitionSpec("data"), PartitionSpec()
+    params = jax.tree.map(jnp.asarray, START)
+    for name in ("stam", "straight_through", "admm_quant", "bop"):
+        optimizer = METHODS[name](optax.sgd(0.1))
+
+        def step(params, state, inputs, targets, optimizer=optimizer):
+            gradients = jax.grad(lambda p: jax.lax.pmean(loss(p, inputs, targets), "data"))(params)
+            return helpers.take_step(optimizer, gradients, state, params)
+
+        mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(whole, whole, data, data), out_specs=whole))
+        state = optimizer.init(params)
+        after, expected = (params, state), (params, state)
+        one = jax.jit(partial(step_of_one, optimizer))
+        for _ in range(3):
+            after, expected = mapped(*after, INPUTS, TARGETS), one(*expected)
+        close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5, err_msg=name)
+        jax.tree.map(close, jax.tree.map(np.asarray, after), jax.tree.map(np.asarray, expected))
+
+        for spec in (PartitionSpec("data"), PartitionSpec(None, "data")):
+            specs = {"kernel": spec, "bias": whole}
+            sharded = partial(jax.shard_map, mesh=mesh, in_specs=(specs,), out_specs=specs)
+            with pytest.raises(ValueError, match="'kernel'"):
+                sharded(lambda p, optimizer=optimizer: optimizer.update(p, optimizer.init(p), p)[0])(params)
+            with pytest.raises(ValueError, match="'kernel'"):
+                sharded(quantize)(params)
+
+
+def step_of_one(optimizer: optax.GradientTransformation, params: Any, state: Any) -> Any:
+    return helpers.take_step(optimizer, jax.grad(loss)(params), state, params)
+
+
+@pytest.mark.parametrize("check", ["check_training()", "check_refusal()", "check_shards()"])
+def test_on_eight_devices(check):
+    in_eight(check)

@@ -1,0 +1,870 @@
+"""The general iteration: equal to the math in float64, and the properties its documentation states."""
+
+import itertools
+import math
+import pickle
+import re
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from stam_jax import (
+    Binary,
+    LeastSquares,
+    SplittingState,
+    Ternary,
+    Uniform,
+    admm_quant,
+    binary_connect,
+    binary_relax,
+    bop,
+    md_tanh,
+    parq,
+    prox_quant,
+    quantize,
+    schedules,
+    stam,
+    stam_proximal,
+    straight_through,
+    three_block_splitting,
+)
+from stam_jax.regularizers import L1, Box, GroupLasso, Ridge
+from stam_jax.relaxations import Hard, LinearBlend, SquaredDistance
+from tests import helpers, reference
+from tests.runs import ETA, PROBLEM, assert_follows
+
+TENSOR = Binary(axis=())
+SGD = optax.sgd(ETA)
+PARAMS = {"bias": jnp.array([0.1, 0.2]), "kernel": jnp.array([[0.5, -2.0], [1.0, 0.25], [-0.75, 1.5]])}
+GRADIENTS = {"bias": jnp.array([1.0, -1.0]), "kernel": jnp.array([[0.1, -0.2], [0.3, 0.4], [-0.5, 0.6]])}
+assert_close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7))
+assert_equal = partial(jax.tree.map, np.testing.assert_array_equal)
+
+
+def splitting(optimizer: Any = SGD, **settings: Any) -> Any:
+    """Three-block splitting that is binary and hard, but for the settings."""
+    given = {"quantizer": Binary(), "relaxation": Hard(), "inertia": 1.0} | settings
+    return three_block_splitting(optimizer, **given)
+
+
+# The iteration equals the math.
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("rho", [0.7, lambda k: 0.1 + 0.05 * k], ids=["constant", "schedule"])
+@pytest.mark.parametrize(
+    ("regularizer", "prox", "tau"),
+    [
+        pytest.param(None, None, 0.0, id="free"),
+        pytest.param(None, None, 5.0, id="free-whatever-tau"),
+        pytest.param(Box(0.4), reference.box(0.4), 3.0, id="box"),
+        pytest.param(Ridge(0.5), reference.ridge(0.5), 3.0, id="ridge"),
+        pytest.param(L1(0.3), reference.l1(0.3), 3.0, id="l1"),
+        pytest.param(L1(0.3), reference.l1(0.3), lambda k: 0.2 * k, id="l1-schedule"),
+    ],
+)
+def test_the_proximal_form_minimizes_the_three_blocks_in_turn(regularizer, prox, tau, rho):
+    optimizer = stam_proximal(ETA, rho, regularizer=regularizer, regularizer_penalty=tau)
+    assert_follows(optimizer, reference.proximal(ETA, rho, prox=prox, tau=tau))
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_step_size_of_the_proximal_form_may_be_a_schedule():
+    eta, rho, tau = (lambda k: 0.2 / (k + 1.0)), (lambda k: 0.3 * k), (lambda k: 5.0 - 0.1 * k)
+    optimizer = stam_proximal(eta, rho, regularizer=Ridge(0.5), regularizer_penalty=tau, quantizer=TENSOR)
+    advance = reference.proximal(eta, rho, prox=reference.ridge(0.5), tau=tau, axis=())
+    assert_follows(optimizer, advance, eta)
+
+
+RELAXATIONS = {
+    "squared": (SquaredDistance(2.0), reference.squared_distance(2.0)),
+    "blend-schedule": (LinearBlend(lambda k: k / 50.0), reference.linear_blend(lambda k: k / 50.0)),
+    "hard": (Hard(), reference.squared_distance(math.inf)),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+@pytest.mark.parametrize("order", ["first", "last"])
+@pytest.mark.parametrize("kappa", [0, 0.3, 0.99, 1])
+def test_three_block_splitting_is_its_formula(kappa, order, relaxation):
+    relax, expected = RELAXATIONS[relaxation]
+    optimizer = splitting(relaxation=relax, inertia=kappa, project=order)
+    assert_follows(optimizer, reference.general(ETA, relax=expected, kappa=kappa, order=order))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("order", ["first", "last"])
+@pytest.mark.parametrize("strength", [0.0, math.inf, lambda k: 0.1 * k])
+@pytest.mark.parametrize(
+    ("regularizer", "prox"),
+    [(Box(0.4), reference.box(0.4)), (Ridge(0.5), reference.ridge(0.5))],
+    ids=["box", "ridge"],
+)
+def test_three_block_splitting_is_its_formula_with_a_regularizer(regularizer, prox, strength, order):
+    relax, expected = RELAXATIONS["squared"]
+    optimizer = splitting(
+        optax.sgd(ETA, momentum=0.9),
+        relaxation=relax,
+        inertia=0.3,
+        project=order,
+        regularizer=regularizer,
+        regularizer_step=0.7,
+        regularizer_strength=strength,
+        quantizer=TENSOR,
+    )
+    settings = {"prox": prox, "step": 0.7, "strength": strength, "axis": ()}
+    advance = reference.general(ETA, relax=expected, kappa=0.3, order=order, **settings)
+    assert_follows(optimizer, advance, decay=0.9)
+
+
+@pytest.mark.usefixtures("x64")
+def test_every_schedule_is_read_at_the_count_of_the_step_that_ends():
+    eta, kappa, step = (lambda k: 0.1 / (k + 1.0)), (lambda k: 1 - 0.02 * k), (lambda k: 0.1 + 0.1 * k)
+    strength, damping = (lambda k: 0.3 * k), (lambda k: 0.2 * k)
+    optimizer = splitting(
+        optax.sgd(eta),
+        relaxation=SquaredDistance(strength),
+        inertia=kappa,
+        regularizer=Ridge(0.5),
+        regularizer_step=step,
+        regularizer_strength=damping,
+        project="first",
+    )
+    relax = reference.squared_distance(strength)
+    settings = {"prox": reference.ridge(0.5), "step": step, "strength": damping}
+    assert_follows(
+        optimizer, reference.general(eta, relax=relax, kappa=kappa, order="first", **settings), eta
+    )
+
+
+@pytest.mark.usefixtures("x64")
+def test_an_inertia_that_is_traced_gives_what_the_number_gives():
+    blend = LinearBlend(lambda k: k / 50.0)
+    for inertia in (0.0, 1.0):
+        traced, state = helpers.train(splitting(relaxation=blend, inertia=jnp.array(inertia)), PROBLEM)
+        known, _ = helpers.train(splitting(relaxation=blend, inertia=inertia), PROBLEM)
+        np.testing.assert_allclose(traced["kernel"], known["kernel"], rtol=1e-14)
+        assert state.latent is not None
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_proximal_form_is_a_configuration_of_the_general_one():
+    rho, tau = 2.0, 4.0
+    proximal, _ = helpers.train(
+        stam_proximal(ETA, rho, regularizer=Ridge(0.5), regularizer_penalty=tau), PROBLEM
+    )
+    general, _ = helpers.train(
+        splitting(
+            relaxation=SquaredDistance(ETA * rho / (1 + ETA * tau)),
+            inertia=0.0,
+            project="first",
+            regularizer=Ridge(0.5),
+            regularizer_step=1 / tau,
+            regularizer_strength=ETA * tau,
+        ),
+        PROBLEM,
+    )
+    np.testing.assert_allclose(proximal["kernel"], general["kernel"], rtol=1e-12)
+
+
+# What the documentation states of it.
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("rho", [1e-3, 1.0, 1e3, 1e6])
+@pytest.mark.parametrize("tau", [None, 5.0])
+def test_no_penalty_limits_the_step(rho, tau):
+    exact = reference.Problem.draw(noise=0.0, steps=60)
+    ridge = 0.5
+    regularized = {"regularizer": Ridge(ridge), "regularizer_penalty": tau} if tau else {}
+    history, _ = helpers.train(stam_proximal(1 / exact.smoothness(), rho, **regularized), exact)
+
+    def objective(x: np.ndarray, bias: np.ndarray) -> float:
+        """Phi at the exact minimizers y and z for this x."""
+        y = reference.project(x)
+        value = exact.loss(x, bias) + rho / 2 * np.sum((x - y) ** 2)
+        if tau:
+            z = x * tau / (tau + ridge)
+            value += ridge / 2 * np.sum(z**2) + tau / 2 * np.sum((x - z) ** 2)
+        return value
+
+    steps = zip(history["kernel"], history["bias"], strict=True)
+    values = [objective(exact.kernel, exact.bias), *itertools.starmap(objective, steps)]
+    assert np.all(np.diff(values) <= 1e-12 * values[0])
+    assert values[-1] < values[0] - 1e-3
+
+
+def test_projecting_first_keeps_the_noise_of_a_step_out_of_the_projection():
+    def signs(project: Any, noise: float) -> Any:
+        optimizer = splitting(optax.sgd(1.0), project=project)
+        gradients = jax.tree.map(lambda g: noise * g, GRADIENTS)
+        return helpers.take_step(optimizer, gradients, optimizer.init(PARAMS), PARAMS)[0]["kernel"]
+
+    np.testing.assert_array_equal(signs("first", 1.0), signs("first", -9.0))
+    assert np.any(signs("last", 1.0) != signs("last", -9.0))
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, np.float32(0.0), np.float64(0.0)])
+def test_a_counter_is_the_whole_state_without_inertia(zero):
+    for optimizer in (splitting(inertia=zero), stam_proximal(ETA, 1.0)):
+        state = helpers.begin(optimizer, PARAMS)
+        for _ in range(3):
+            (count,) = jax.tree.leaves(state)
+            assert (count.shape, count.dtype) == ((), jnp.int32)
+            _, state = helpers.take_step(optimizer, GRADIENTS, state, PARAMS)
+        assert state.count == 3
+
+
+def test_the_latent_weights_are_the_one_copy_that_inertia_takes():
+    state = helpers.begin(stam(SGD, hard_from=5), PARAMS)
+    assert [leaf.shape for leaf in jax.tree.leaves(state)] == [(), (3, 2)]
+    np.testing.assert_array_equal(state.latent["kernel"], PARAMS["kernel"])
+    assert isinstance(state.latent["bias"], optax.MaskedNode)
+
+
+def test_no_option_hides_in_a_state():
+    at_first = jax.tree.structure(stam(SGD, hard_from=5).init(PARAMS))
+    others = [
+        stam(SGD, hard_from=9, inertia=0.5, quantizer=Ternary()),
+        binary_connect(SGD),
+        parq(SGD, hard_from=3),
+    ]
+    assert {jax.tree.structure(other.init(PARAMS)) for other in others} == {at_first}
+    state = helpers.begin(stam(optax.adam(ETA), hard_from=5), PARAMS)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+    assert_equal(pickle.loads(pickle.dumps(state)), state)
+
+
+def test_leaves_that_are_not_quantized_take_the_step_of_the_optimizer_as_it_is():
+    adam = optax.adamw(ETA, weight_decay=0.3)
+    alone, _ = helpers.take_step(adam, GRADIENTS, adam.init(PARAMS), PARAMS)
+    proximal = stam_proximal(ETA, 1e3, regularizer=Ridge(1.0), regularizer_penalty=5.0)
+    plain = PARAMS["bias"] - jnp.float32(ETA) * GRADIENTS["bias"]
+    for optimizer, expected in [
+        (stam(adam, hard_from=1), alone["bias"]),
+        (splitting(adam, regularizer=Box(0.01)), alone["bias"]),
+        (proximal, plain),
+    ]:
+        after, _ = helpers.take_step(optimizer, GRADIENTS, optimizer.init(PARAMS), PARAMS)
+        np.testing.assert_array_equal(after["bias"], expected)
+
+
+def test_a_step_starts_from_the_latent_weights_and_undoes_what_else_moved_the_parameters():
+    moved = PARAMS | {"kernel": PARAMS["kernel"] + 0.1}
+    for inertia, is_undone in [(1.0, True), (0.5, True), (0.0, False)]:
+        optimizer = splitting(relaxation=LinearBlend(0.2), inertia=inertia)
+        state = optimizer.init(PARAMS)
+        expected, from_moved = (
+            helpers.take_step(optimizer, GRADIENTS, state, params)[0]["kernel"] for params in (PARAMS, moved)
+        )
+        assert np.allclose(from_moved, expected, rtol=1e-6) == is_undone
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param(splitting(inertia=0.5), id="hard"),
+        pytest.param(stam(SGD, hard_from=0), id="stam"),
+        pytest.param(
+            splitting(relaxation=SquaredDistance(math.inf), inertia=0.5), id="infinite squared distance"
+        ),
+    ],
+)
+def test_a_hard_network_differs_from_its_projection_by_the_rounding_of_the_update_alone(optimizer, dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+    old, state = params, optimizer.init(params)
+    for _ in range(5):
+        old, (params, state) = params, helpers.take_step(optimizer, GRADIENTS, state, params)
+    # What is shipped is the projection of the latent weights too.
+    w = np.float64(params["kernel"])
+    x, y, before = w, reference.project(w), np.float64(old["kernel"])
+    # The update rounds once, its sum with the old weight once more, and the mean of the result is off as far.
+    ulp = float(jnp.finfo(dtype).eps)
+    assert np.all(np.abs(x - y) <= 2 * ulp * (np.abs(y - before) + np.abs(y)))
+    np.testing.assert_allclose(np.float64(quantize(params)["kernel"]), y, rtol=ulp)
+
+
+@pytest.mark.parametrize("penalty", [math.inf, lambda k: jnp.where(k < 0, 1.0, jnp.inf)])
+def test_an_infinite_penalty_is_hard_even_at_a_step_size_of_zero(penalty):
+    optimizer = stam_proximal(0.0, penalty)
+    params, _ = helpers.take_step(optimizer, GRADIENTS, optimizer.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(params["kernel"], reference.project(PARAMS["kernel"]), rtol=1e-6)
+
+
+def test_no_schedule_makes_jit_trace_again():
+    moving = lambda low, high: optax.linear_schedule(low, high, 10)
+    regularized = {"regularizer": Ridge(0.1), "regularizer_penalty": moving(1.0, 5.0)}
+    optimizers = (
+        stam_proximal(moving(0.1, 0.0), moving(0.0, 9.0), **regularized),
+        stam(optax.sgd(moving(0.1, 0.0)), hard_from=5, inertia=moving(1.0, 0.0)),
+        splitting(
+            optax.sgd(moving(0.1, 0.0)),
+            relaxation=SquaredDistance(moving(0.0, 9.0)),
+            regularizer=Ridge(0.1),
+            regularizer_step=moving(0.1, 2.0),
+            regularizer_strength=moving(0.0, 2.0),
+        ),
+    )
+    for optimizer in optimizers:
+        traces = []
+
+        @jax.jit
+        def step(state, params, optimizer=optimizer, traces=traces):
+            traces.append(None)
+            return helpers.take_step(optimizer, GRADIENTS, state, params)
+
+        params, state = PARAMS, optimizer.init(PARAMS)
+        for _ in range(12):
+            params, state = step(state, params)
+        assert len(traces) == 1
+
+
+# What the optimizer inside is given.
+
+
+def seen_by_the_optimizer(params: Any, gradients: Any, steps: int = 1) -> tuple[list[Any], Any, Any]:
+    """Gradients and parameters of each call of an optimizer inside `stam`, and the run's end."""
+    calls: list[Any] = []
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        calls.append((updates, params))
+        return jax.tree.map(lambda g: -0.01 * g, updates), state
+
+    spy = optax.GradientTransformation(lambda params: calls.append(params) or optax.EmptyState(), update)
+    optimizer = stam(spy, hard_from=1)
+    state = helpers.begin(optimizer, params)
+    for _ in range(steps):
+        params, state = helpers.take_step(optimizer, gradients, state, params)
+    return calls, params, state
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_optimizer_sees_latent_weights_and_gradients_in_float32(dtype):
+    params, gradients = (jax.tree.map(lambda leaf: leaf.astype(dtype), tree) for tree in (PARAMS, GRADIENTS))
+    (first, *calls), _, _ = seen_by_the_optimizer(params, gradients, steps=2)
+    assert len(calls) == 2
+    for tree in (first, *itertools.chain(*calls)):
+        assert {name: leaf.dtype for name, leaf in tree.items()} == {
+            "kernel": jnp.float32,
+            "bias": jnp.dtype(dtype),
+        }
+    assert_equal(first, jax.tree.map(jnp.float32, params))
+    assert_equal(calls[0][0], jax.tree.map(jnp.float32, gradients))
+
+
+def test_the_optimizer_sees_the_latent_weights_and_not_the_relaxed_ones():
+    one, two = (seen_by_the_optimizer(PARAMS, GRADIENTS, steps) for steps in (3, 4))
+    _, (_, seen) = one[0][-1], two[0][-1]
+    np.testing.assert_array_equal(seen["kernel"], one[2].latent["kernel"])
+    assert np.all(seen["kernel"] != one[1]["kernel"])
+    np.testing.assert_array_equal(seen["bias"], one[1]["bias"])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_moments_of_quantized_leaves_are_in_float32(dtype):
+    params, gradients = (jax.tree.map(lambda leaf: leaf.astype(dtype), tree) for tree in (PARAMS, GRADIENTS))
+    optimizer = stam(optax.adamw(1e-3), hard_from=5)
+    state: Any = jax.eval_shape(optimizer.init, params)
+    for _ in range(2):
+        adam = state.inner[0]
+        assert {adam.mu["kernel"].dtype, adam.nu["kernel"].dtype} == {jnp.dtype(jnp.float32)}
+        assert {adam.mu["bias"].dtype, adam.nu["bias"].dtype} == {jnp.dtype(dtype)}
+        step = partial(helpers.take_step, optimizer)
+        params, state = jax.eval_shape(step, gradients, state, params)
+        assert {leaf.dtype for leaf in params.values()} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("form", ["around", "behind"])
+def test_the_weight_decay_of_adamw_acts_on_latent_weights_around_it_and_on_relaxed_ones_behind_it(form):
+    rate, decay, kappa, hard_from, steps = 0.05, 0.4, 0.9, 20, 30
+    adamw = optax.adamw(rate, weight_decay=decay)
+    link = partial(stam, hard_from=hard_from, inertia=kappa)
+    optimizer = link(adamw) if form == "around" else optax.chain(adamw, link())
+    gradient = lambda x, k: np.cos(0.9 * k + 3 * x)
+
+    names = ("kernel", "bias")
+    params = {name: jnp.asarray(PARAMS[name], jnp.float64) for name in names}
+    state, update = helpers.begin(optimizer, params), jax.jit(partial(helpers.take_step, optimizer))
+    x = {name: np.asarray(params[name]) for name in names}
+    v, m, s = dict(x), dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    for k in range(steps):
+        g = {name: gradient(x[name], k) for name in names}
+        params, state = update(jax.tree.map(jnp.asarray, g), state, params)
+        theta = min(k / hard_from, 1)
+        for name in names:
+            m[name] = 0.9 * m[name] + 0.1 * g[name]
+            s[name] = 0.999 * s[name] + 0.001 * g[name] ** 2
+            slope = m[name] / (1 - 0.9 ** (k + 1)) / (np.sqrt(s[name] / (1 - 0.999 ** (k + 1))) + 1e-8)
+            decayed = v[name] if form == "around" else x[name]
+            w = v[name] - rate * (slope + decay * decayed)
+            x[name] = (1 - theta) * w + theta * reference.project(w) if name == "kernel" else w
+            v[name] = x[name] + kappa * (w - x[name]) if name == "kernel" else w
+            np.testing.assert_allclose(params[name], x[name], rtol=1e-9, atol=1e-10)
+
+
+def test_what_an_update_is_given_besides_reaches_the_optimizer():
+    given: list[Any] = []
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        given.append(extra)
+        return updates, state
+
+    spy = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    optimizer = stam(spy, hard_from=5)
+    optimizer.update(GRADIENTS, optimizer.init(PARAMS), PARAMS, value=1.5)
+    assert given == [{"value": 1.5}]
+    # Those that take no more than the gradient are not troubled with it.
+    optimizer = stam(SGD, hard_from=5)
+    plain = optimizer.update(GRADIENTS, optimizer.init(PARAMS), PARAMS)
+    assert_equal(optimizer.update(GRADIENTS, optimizer.init(PARAMS), PARAMS, value=1.0), plain)
+
+
+# Number formats.
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("inertia", [0.0, lambda k: 1.0 / (k + 1.0)], ids=["none", "schedule"])
+def test_parameters_keep_their_dtype_and_latent_weights_have_32_bits_at_least(dtype, inertia):
+    # Schedules come out in float64 here: nothing of that may reach the parameters.
+    schedule = lambda k: jnp.asarray(0.1, jnp.float64) / (k + 1)
+    optimizer = splitting(
+        optax.sgd(schedule),
+        relaxation=SquaredDistance(schedule),
+        inertia=inertia,
+        regularizer=Ridge(0.1),
+        regularizer_step=schedule,
+        regularizer_strength=schedule,
+    )
+    params, gradients = (jax.tree.map(lambda leaf: leaf.astype(dtype), tree) for tree in (PARAMS, GRADIENTS))
+    state: Any = jax.eval_shape(optimizer.init, params)
+    for _ in range(2):
+        updates, state = jax.eval_shape(optimizer.update, gradients, state, params)
+        assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+        latents = {leaf.dtype for leaf in jax.tree.leaves(state.latent)}
+        assert latents == (set() if inertia == 0.0 else {jnp.promote_types(dtype, jnp.float32)})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gradients_may_be_of_another_type_than_the_parameters(dtype):
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS)
+    optimizer = stam(hard_from=5)
+    for gradients in (GRADIENTS, jax.tree.map(jnp.bfloat16, GRADIENTS)):
+        before = jax.eval_shape(optimizer.init, params)
+        updates, after = jax.eval_shape(optimizer.update, gradients, before, params)
+        assert updates["kernel"].dtype == jnp.dtype(dtype)
+        assert after == before
+
+
+def test_updates_far_below_an_ulp_of_bfloat16_add_up():
+    steps, step = 200, 1e-4
+    ones = {"kernel": jnp.ones((4, 4), jnp.bfloat16)}
+    params, optimizer = ones, splitting(optax.sgd(step), relaxation=LinearBlend(0.0), inertia=0.9)
+    state = helpers.begin(optimizer, params)
+    advance = jax.jit(partial(helpers.take_step, optimizer, ones))
+    for _ in range(steps):
+        params, state = advance(state, params)
+    np.testing.assert_allclose(state.latent["kernel"], 1 - steps * step, rtol=1e-5)
+    np.testing.assert_allclose(np.float32(params["kernel"]), 1 - steps * step, atol=2.0**-8)
+
+
+# Transformations of JAX.
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param(stam_proximal(ETA, 1.0), id="proximal"),
+        pytest.param(stam(optax.adam(ETA), hard_from=5), id="stam"),
+        pytest.param(stam(optax.contrib.schedule_free_adamw(ETA), hard_from=5), id="schedule_free"),
+        pytest.param(admm_quant(SGD, penalty=1.0, dual_every=1, hard_from=9), id="admm_quant"),
+        pytest.param(bop(SGD), id="bop"),
+    ],
+)
+def test_parameters_and_state_can_be_donated(optimizer):
+    step = lambda params, state: helpers.take_step(optimizer, GRADIENTS, state, params)
+    params = jax.tree.map(jnp.copy, PARAMS)
+    state = optimizer.init(params)
+    donated = jax.tree.leaves((params, state))
+    # The number of bytes an array begins at says whether it is another's.
+    assert len({leaf.unsafe_buffer_pointer() for leaf in donated}) == len(donated)
+    after = jax.jit(step, donate_argnums=(0, 1))(params, state)
+    assert all(leaf.is_deleted() for leaf in donated)
+    assert_equal(after, jax.jit(step)(PARAMS, optimizer.init(PARAMS)))
+
+
+def test_seeds_under_vmap_are_the_loop_over_seeds():
+    optimizer = stam(SGD, hard_from=2)
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, 3)), jnp.float32)
+
+    @jax.jit
+    def run(weights: jax.Array) -> Any:
+        params = {"kernel": weights}
+        state = optimizer.init(params)
+        for _ in range(3):
+            params, state = helpers.take_step(optimizer, jax.tree.map(jnp.sin, params), state, params)
+        return params, state, quantize(params)
+
+    together = jax.vmap(run)(weights)
+    for i, seed in enumerate(weights):
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), run(seed))
+
+
+def test_a_scan_over_steps_is_the_loop_over_steps():
+    optimizer = splitting(relaxation=SquaredDistance(lambda k: k / 5), inertia=0.9)
+    step = lambda carry, _: (helpers.take_step(optimizer, GRADIENTS, carry[1], carry[0]), None)
+    carry = (PARAMS, optimizer.init(PARAMS))
+    scanned, _ = jax.lax.scan(step, carry, length=10)
+    for _ in range(10):
+        carry, _ = step(carry, None)
+    assert_close(scanned, carry)
+
+
+def test_the_state_can_be_planned_from_shapes_alone():
+    optimizer = stam(optax.adam(ETA), hard_from=5)
+    planned, state = jax.eval_shape(optimizer.init, PARAMS), optimizer.init(PARAMS)
+    assert jax.tree.structure(planned) == jax.tree.structure(state)
+    shapes = lambda tree: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
+    assert shapes(planned) == shapes(state)
+
+
+INFINITE = schedules.geometric(1.0, growth=1e20)
+STRICT: dict[str, Any] = {
+    "stam": stam(optax.adamw(ETA), hard_from=2),
+    "proximal": stam_proximal(ETA, math.inf),
+    "proximal-schedule": stam_proximal(
+        ETA, INFINITE, regularizer=L1(0.1), regularizer_penalty=lambda k: 1.0 * k
+    ),
+    "no-pull": splitting(relaxation=SquaredDistance(schedules.geometric(0.0, growth=1e20)), inertia=0.5),
+    "regularized": splitting(
+        inertia=0.5, regularizer=GroupLasso(0.1), regularizer_strength=INFINITE, project="first"
+    ),
+    "few-bits": splitting(quantizer=Uniform(bits=3), relaxation=LinearBlend(0.5), inertia=0.5),
+    "least-squares": splitting(quantizer=LeastSquares(group=2), inertia=0.5),
+    "binary_connect": binary_connect(SGD),
+    "binary_relax": binary_relax(SGD, growth_every=1, growth=1e20, hard_from=10),
+    "prox_quant": prox_quant(SGD, threshold=INFINITE, hard_from=10),
+    "parq": parq(SGD, hard_from=3, quantizer=Ternary()),
+    "parq-at-once": parq(SGD, hard_from=0),
+    "md_tanh": md_tanh(SGD, growth=1e20, growth_every=1, hard_from=10, quantizer=Binary()),
+    "straight_through": straight_through(SGD, quantizer=Ternary()),
+    "admm_quant": admm_quant(SGD, penalty=1.0, dual_every=2, hard_from=3),
+    "bop": bop(SGD, quantizer=TENSOR),
+}
+
+
+@pytest.mark.parametrize("name", STRICT)
+def test_it_works_where_jax_allows_neither_nan_nor_arrays_of_different_ranks(name):
+    # A column of zeros has a scale of zero.
+    optimizer, params = STRICT[name], PARAMS | {"kernel": jnp.zeros((4, 2)).at[:, 0].set(jnp.arange(4.0))}
+    gradients = GRADIENTS | {"kernel": jnp.zeros((4, 2)).at[:, 0].set(0.3)}
+    with jax.debug_nans(True), jax.numpy_rank_promotion("raise"):
+        state = helpers.begin(optimizer, params)
+        for _ in range(4):
+            params, state = helpers.take_step(optimizer, gradients, state, params)
+        jax.jit(partial(helpers.take_step, optimizer))(gradients, state, params)
+    assert all(np.all(np.isfinite(leaf)) for leaf in params.values())
+
+
+# Habits of Optax.
+
+
+def test_the_numbers_of_stam_can_be_injected_and_changed_without_a_new_trace():
+    injected: Any = optax.inject_hyperparams(stam)(SGD, hard_from=4, inertia=0.9)
+    traces = []
+
+    @jax.jit
+    def step(state, params):
+        traces.append(None)
+        return helpers.take_step(injected, GRADIENTS, state, params)
+
+    params, state = PARAMS, helpers.begin(injected, PARAMS)
+    expected, plain_state = PARAMS, stam(SGD, hard_from=4).init(PARAMS)
+    for hard_from, inertia in [(4, 0.9), (4, 0.9), (8, 0.5), (8, 0.0), (2, 1.0)]:
+        state.hyperparams["hard_from"] = jnp.asarray(hard_from, state.hyperparams["hard_from"].dtype)
+        state.hyperparams["inertia"] = jnp.asarray(inertia, jnp.float32)
+        params, state = step(state, params)
+        # A schedule, so that there are latent weights at an inertia of 0 as well.
+        plain = stam(SGD, hard_from=hard_from, inertia=lambda k, inertia=inertia: inertia)
+        expected, plain_state = helpers.take_step(plain, GRADIENTS, plain_state, expected)
+        assert_close(params, expected)
+    assert len(traces) == 1
+    assert_close(params["kernel"], quantize(params)["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (stam_proximal, {"learning_rate": 0.1, "penalty": 2.0}),
+        (
+            stam_proximal,
+            {"learning_rate": 0.1, "penalty": 2.0, "regularizer": Ridge(0.5), "regularizer_penalty": 3.0},
+        ),
+        (stam_proximal, {"learning_rate": 0.1, "penalty": 2.0, "regularizer_penalty": 5.0}),
+        (binary_connect, {"clip": 0.4}),
+        (binary_relax, {"growth_every": 3, "hard_from": 10}),
+        (prox_quant, {"threshold": 0.1, "hard_from": 10}),
+        (parq, {"hard_from": 10, "anneal_from": 1}),
+        (md_tanh, {"hard_from": 10}),
+    ],
+)
+def test_the_numbers_of_the_methods_can_be_injected(method, settings):
+    ours, expected = (
+        helpers.take_step(optimizer, GRADIENTS, helpers.begin(optimizer, PARAMS), PARAMS)[0]
+        for optimizer in (optax.inject_hyperparams(method)(**settings), method(**settings))
+    )
+    assert_close(ours, expected)
+
+
+def by_name(path: str, leaf: jax.ShapeDtypeStruct) -> Binary | None:
+    return TENSOR if path == "kernel" and leaf.ndim == 2 else None
+
+
+def test_a_function_that_chooses_quantizers_is_named_as_static_to_inject_hyperparams():
+    static = optax.inject_hyperparams(stam, static_args=("quantizer",))
+    injected: Any = static(SGD, hard_from=3, quantizer=by_name)
+    plain = stam(SGD, hard_from=3, quantizer=by_name)
+    params, state = PARAMS, helpers.begin(injected, PARAMS)
+    expected, plain_state = PARAMS, helpers.begin(plain, PARAMS)
+    for _ in range(5):
+        params, state = helpers.take_step(injected, GRADIENTS, state, params)
+        expected, plain_state = helpers.take_step(plain, GRADIENTS, plain_state, expected)
+    assert_close(params, expected)
+    assert len(np.unique(np.abs(params["kernel"]))) == 1
+
+
+@pytest.mark.parametrize("rule", [by_name, lambda *_: None, lambda *_: 1.0])
+def test_a_function_that_inject_hyperparams_takes_for_a_schedule_is_an_error(rule):
+    with pytest.raises((TypeError, ValueError)):
+        optax.inject_hyperparams(stam)(SGD, hard_from=3, quantizer=rule).init(PARAMS)
+
+
+def test_steps_that_gather_small_batches_go_outside():
+    outer: Any = optax.MultiSteps(stam(SGD, hard_from=2), 2).gradient_transformation()
+    plain = stam(SGD, hard_from=2)
+    params, state = PARAMS, outer.init(PARAMS)
+    expected, plain_state = PARAMS, plain.init(PARAMS)
+    for _ in range(4):
+        expected, plain_state = helpers.take_step(plain, GRADIENTS, plain_state, expected)
+        for share in (0.5, 1.5):
+            gradients = jax.tree.map(lambda g, share=share: share * g, GRADIENTS)
+            params, state = helpers.take_step(outer, gradients, state, params)
+        assert_close(params, expected)
+    assert_close(params["kernel"], quantize(params)["kernel"])
+
+
+def test_inside_every_small_batch_is_a_step_of_its_own():
+    gathering = cast(Any, optax.MultiSteps(SGD, 3))
+    optimizer = stam(gathering, hard_from=4, inertia=1.0)
+    params, state = PARAMS, helpers.begin(optimizer, PARAMS)
+    is_hard, latents = [], [state.latent["kernel"]]
+    for _ in range(7):
+        params, state = helpers.take_step(optimizer, GRADIENTS, state, params)
+        is_hard.append(np.allclose(params["kernel"], quantize(params)["kernel"], rtol=1e-6))
+        latents.append(state.latent["kernel"])
+    assert is_hard == [False] * 4 + [True] * 3
+    assert state.count == 7
+    moves = [bool(np.any(a != b)) for a, b in itertools.pairwise(latents)]
+    assert moves == [False, False, True, False, False, True, False]
+
+
+def test_a_part_of_a_tree_may_be_its_own():
+    # Where leaves are another transform's, nothing need be quantized.
+    parts = {"kernel": "float", "bias": "quantized"}
+    optimizer = optax.partition({"quantized": stam(SGD, hard_from=1), "float": SGD}, parts)
+    after, _ = helpers.take_step(optimizer, GRADIENTS, optimizer.init(PARAMS), PARAMS)
+    expected, _ = helpers.take_step(SGD, GRADIENTS, SGD.init(PARAMS), PARAMS)
+    assert_equal(after, expected)
+    masked = optax.masked(stam(SGD, hard_from=0), {"kernel": True, "bias": False})
+    after, _ = helpers.take_step(masked, GRADIENTS, masked.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(after["kernel"], quantize(expected)["kernel"], rtol=1e-6)
+
+
+# Unusual trees and values.
+
+
+def hardened(params: Any, gradients: Any, **settings: Any) -> Any:
+    """The parameters after one hard step at a step size of 1."""
+    optimizer = splitting(optax.sgd(1.0), **settings)
+    return helpers.take_step(optimizer, gradients, optimizer.init(params), params)[0]
+
+
+def test_none_leaves_stay_none():
+    params = {"kernel": PARAMS["kernel"], "bias": None}
+    after = hardened(params, {"kernel": GRADIENTS["kernel"], "bias": None})
+    assert after["bias"] is None
+    expected = reference.project(PARAMS["kernel"] - GRADIENTS["kernel"])
+    np.testing.assert_allclose(after["kernel"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("tree", [{}, (), {"a": None}])
+def test_a_tree_without_leaves_is_fine(tree):
+    assert hardened(tree, tree) == tree
+
+
+def test_a_bare_array_is_quantized_where_a_function_says_so():
+    fixed, free = (lambda path, leaf: Binary(scale=1.0)), (lambda path, leaf: TENSOR)
+    assert hardened(jnp.array(-0.5), jnp.array(0.25), quantizer=fixed) == -1.0
+    assert hardened(jnp.array(-0.5), jnp.array(0.25), quantizer=free) == -0.75
+    with pytest.raises(ValueError, match="nothing is quantized"):
+        hardened(jnp.ones((2, 2)), jnp.ones((2, 2)))
+
+
+def test_empty_arrays_stay_empty():
+    empty = {"kernel": jnp.zeros((0, 3))}
+    assert hardened(empty, empty)["kernel"].shape == (0, 3)
+
+
+def test_zeros_stay_zeros():
+    zeros = {"kernel": jnp.zeros((2, 3))}
+    np.testing.assert_array_equal(hardened(zeros, zeros)["kernel"], zeros["kernel"])
+
+
+def test_a_nan_spoils_the_weights_of_its_own_scale_and_nothing_else():
+    gradients = GRADIENTS | {"kernel": GRADIENTS["kernel"].at[1, 0].set(jnp.nan)}
+    after = hardened(PARAMS, gradients)
+    np.testing.assert_array_equal(np.isnan(after["kernel"]), [[True, False]] * 3)
+    assert np.all(np.isfinite(after["bias"]))
+
+
+# Errors say what is wrong and where.
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [
+        ({"inertia": 1.5}, ValueError, "inertia"),
+        ({"inertia": -0.1}, ValueError, "inertia"),
+        ({"inertia": math.nan}, ValueError, "inertia"),
+        ({"inertia": "firm"}, TypeError, "inertia"),
+        ({"inertia": True}, TypeError, "inertia"),
+        ({"inertia": None}, TypeError, "inertia"),
+        ({"inertia": jnp.ones(2)}, ValueError, "inertia"),
+        ({"regularizer_step": -1}, ValueError, "regularizer_step"),
+        ({"regularizer_strength": -1}, ValueError, "regularizer_strength"),
+        ({"project": "middle"}, ValueError, "project"),
+        ({"project": None}, ValueError, "project"),
+        ({"relaxation": 3.0}, TypeError, "relaxation"),
+        ({"relaxation": Hard}, TypeError, "relaxation"),
+        ({"regularizer": 1e-4}, TypeError, "regularizer"),
+        ({"regularizer": Box}, TypeError, "regularizer"),
+        ({"quantizer": Binary}, TypeError, "quantizer"),
+        ({"quantizer": "binary"}, TypeError, "quantizer"),
+    ],
+)
+def test_wrong_arguments_are_named_at_once(settings, error, said):
+    with pytest.raises(error, match=f"^three_block_splitting: {said}"):
+        splitting(**settings)
+
+
+SIMPLE: dict[str, Any] = {
+    "stam": stam(SGD, hard_from=5),
+    "stam_proximal": stam_proximal(ETA, 1.0),
+    "straight_through": straight_through(SGD, clip=math.inf),
+    "admm_quant": admm_quant(SGD, penalty=1.0, dual_every=1, hard_from=9),
+    "bop": bop(SGD),
+}
+each = pytest.mark.parametrize("name", SIMPLE)
+
+
+@each
+@pytest.mark.parametrize(
+    ("updates", "params", "said"),
+    [
+        pytest.param(GRADIENTS, None, "parameters are missing", id="no parameters"),
+        pytest.param({"kernel": GRADIENTS["kernel"]}, PARAMS, "'bias'", id="a gradient less"),
+        pytest.param(GRADIENTS | {"head": jnp.ones(1)}, PARAMS, "'head'", id="a gradient more"),
+        pytest.param(GRADIENTS, PARAMS | {"head": jnp.ones(1)}, "'head'", id="a parameter more"),
+        pytest.param(GRADIENTS | {"kernel": jnp.ones((2, 2))}, PARAMS, "'kernel'", id="another shape"),
+        pytest.param(GRADIENTS | {"kernel": jnp.ones((1, 2))}, PARAMS, "'kernel'", id="a row"),
+        pytest.param(GRADIENTS | {"kernel": jnp.ones(())}, PARAMS, "'kernel'", id="a number"),
+        pytest.param(
+            GRADIENTS | {"bias": jnp.ones((1,))}, PARAMS, "'bias'", id="a float leaf of another shape"
+        ),
+    ],
+)
+def test_updates_that_do_not_fit_are_named_though_they_might_broadcast(name, updates, params, said):
+    optimizer = SIMPLE[name]
+    with pytest.raises(ValueError, match=f"^{name}: .*{said}"):
+        optimizer.update(updates, optimizer.init(PARAMS), params)
+
+
+OTHERS: dict[str, tuple[Any, Any, Any, str]] = {
+    # The optimizer whose state it is, with the parameters; the optimizer that is given it; what is named.
+    "inertia for none": (stam(SGD, hard_from=5, inertia=1), PARAMS, splitting(inertia=0), "latent weights"),
+    "none for inertia": (splitting(inertia=0), PARAMS, stam(SGD, hard_from=5, inertia=1), "'kernel'"),
+    "a quantized leaf more": (
+        stam(SGD, hard_from=5, quantizer={"a": Binary(), "b": Binary()}),
+        {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))},
+        stam(SGD, hard_from=5, quantizer={"a": Binary()}),
+        "'b'",
+    ),
+    "a quantized leaf less": (
+        stam(SGD, hard_from=5, quantizer={"a": Binary()}),
+        {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))},
+        stam(SGD, hard_from=5, quantizer={"a": Binary(), "b": Binary()}),
+        "'b'",
+    ),
+    "another shape": (
+        stam(SGD, hard_from=5),
+        {"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)},
+        stam(SGD, hard_from=5),
+        "'kernel'",
+    ),
+    "a method of another state": (bop(SGD), PARAMS, stam(SGD, hard_from=5), "SplittingState"),
+    "a state of no method": (SGD, PARAMS, stam(SGD, hard_from=5), "SplittingState"),
+    "the multipliers of another tree": (
+        admm_quant(SGD, penalty=1.0, dual_every=1, hard_from=9),
+        {"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)},
+        admm_quant(SGD, penalty=1.0, dual_every=1, hard_from=9),
+        "'kernel'",
+    ),
+    "the momentum of other leaves": (
+        bop(SGD, quantizer={"a": Binary()}),
+        {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))},
+        bop(SGD, quantizer={"b": Binary()}),
+        "'(a|b)'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_state_made_with_other_options_or_parameters_is_an_error(name):
+    maker, params, taker, said = OTHERS[name]
+    theirs = params if set(params) == {"a", "b"} else PARAMS
+    gradients = jax.tree.map(jnp.ones_like, theirs)
+    taker.update(gradients, taker.init(theirs), theirs)
+    with pytest.raises(ValueError, match=said):
+        taker.update(gradients, maker.init(params), theirs)
+
+
+def test_a_state_does_for_another_quantizer_of_the_same_leaves():
+    # What is quantized how is not part of a state: that is for `pack` to find out, from the weights.
+    state = helpers.begin(stam(SGD, hard_from=5), PARAMS)
+    assert isinstance(state, SplittingState)
+    other = stam(SGD, hard_from=5, quantizer=Ternary())
+    assert_equal(other.update(GRADIENTS, state, PARAMS), other.update(GRADIENTS, other.init(PARAMS), PARAMS))
+
+
+def test_a_leaf_that_its_quantizer_cannot_take_is_named_in_init():
+    with pytest.raises(ValueError, match="'deep/kernel'"):
+        stam(SGD, hard_from=5, quantizer=Binary(axis=5)).init({"deep": {"kernel": jnp.ones((2, 2))}})
+
+
+def test_a_leaf_of_integers_cannot_be_quantized():
+    steps = {"steps": jnp.zeros((2, 2), jnp.int32)}
+    with pytest.raises(ValueError, match=r"'steps' .*int32"):
+        stam(SGD, hard_from=5, quantizer=lambda path, leaf: Binary()).init(steps)
+
+
+def test_two_leaves_of_one_name_are_refused():
+    with pytest.raises(ValueError, match=re.escape("'a/kernel'")):
+        stam(SGD, hard_from=5).init({"a/kernel": jnp.ones((2, 2)), "a": {"kernel": jnp.ones((2, 2))}})

@@ -17,9 +17,11 @@ statistics, as in training. A sign that turns and turns back within a window has
 told as well.
 """
 
+import functools
 import json
+import operator
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,13 +36,13 @@ from rich.progress import Progress, TimeElapsedColumn
 
 from benchmarks import command
 from experiments.config import DatasetName, ModelName, SettingsError, TrainSettings
-from stam_jax import Selection, hard_params
+from stam_jax import quantize, tabulate
 
 if TYPE_CHECKING:
     from experiments.training import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "flips.json"
-# By the start of the next step: the weights in use, between the two but near the float ones, the float ones.
+# By where the next step starts: from the relaxed weights, near the latent ones, from the latent ones.
 TRIALS: dict[str, dict[str, Any]] = {
     "inertia 0": {"method": "stam_proximal"},
     "inertia 0.999": {"method": "stam"},
@@ -106,9 +108,9 @@ class Run:
         self.step += 1
         self._told()
 
-    def hard(self) -> Any:
+    def quantized(self) -> Any:
         """The binary network's weights; copies, for what a step is given is gone after it."""
-        return jax.tree.map(jnp.copy, hard_params(self._state.opt_state, self._state.params))
+        return jax.tree.map(jnp.copy, quantize(self._state.params, self._trainer.quantizer))
 
 
 def loss_on(trainer: "Trainer", count: int) -> Callable[[Any], float]:
@@ -134,14 +136,21 @@ def loss_on(trainer: "Trainer", count: int) -> Callable[[Any], float]:
     return loss
 
 
-def window(run: Run, loss: Callable[[Any], float], selection: Selection) -> dict[str, Any]:
+def layers(params: Any, quantizer: Any) -> dict[str, Any]:
+    """For each leaf that is quantized, by its path, a tree of booleans that chooses it alone."""
+    rows = tabulate(params, quantizer).rows
+    alone = lambda row: jax.tree.unflatten(jax.tree.structure(params), [other is row for other in rows])
+    return {row.path: alone(row) for row in rows if row.quantizer is not None}
+
+
+def window(run: Run, loss: Callable[[Any], float], by_layer: dict[str, Any]) -> dict[str, Any]:
     """Take `LONG` steps; say what the signs did in them together, and in each of the first `SINGLE`."""
-    chosen = selection.mask
-    start = before = run.hard()
+    chosen = functools.reduce(lambda a, b: jax.tree.map(operator.or_, a, b), by_layer.values())
+    start = before = run.quantized()
     turns, changes, parts = [], [], []
     for index in range(LONG):
         run.take()
-        after = run.hard()
+        after = run.quantized()
         turns.append(turned(before, after, chosen))
         if index < SINGLE:
             changes.append(loss(after) - loss(before))
@@ -154,19 +163,9 @@ def window(run: Run, loss: Callable[[Any], float], selection: Selection) -> dict
         "signs_by_step": float(np.mean(parts)),
         "change_by_window": loss(before) - loss(start),
         "signs_by_window": signs_part(loss, start, before, chosen),
-        "signs_by_layer": {
-            name: signs_part(loss, start, before, layer) for name, layer in _layers(selection)
-        },
+        "signs_by_layer": {path: signs_part(loss, start, before, layer) for path, layer in by_layer.items()},
         "loss": loss(before),
     }
-
-
-def _layers(selection: Selection) -> Iterator[tuple[str, Any]]:
-    """Each leaf that is quantised, by its path, and a tree of booleans that chooses it alone."""
-    for row in selection.rows:
-        if row.quantized:
-            alone = [other.path == row.path for other in selection.rows]
-            yield row.path, jax.tree.unflatten(jax.tree.structure(selection.mask), alone)
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -246,7 +245,7 @@ def benchmark(
                 for share, point in zip(POINTS, points, strict=True):
                     while run.step < point:
                         run.take()
-                    measured = window(run, loss, trainer.selection)
+                    measured = window(run, loss, layers(run.quantized(), trainer.quantizer))
                     rows.append({"trial": trial, "seed": seed, "share": share} | common | facts | measured)
                     output.write_text(json.dumps(rows, indent=1) + "\n")
                 progress.remove_task(bar)

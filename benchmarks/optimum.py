@@ -24,7 +24,7 @@ from rich.progress import track
 
 from experiments import optimizers
 from experiments.config import Method, TrainSettings
-from stam_jax import hard_params, select
+from stam_jax import quantize
 
 RESULTS = Path(__file__).parent / "results" / "optimum.json"
 WEIGHTS = 16
@@ -80,8 +80,8 @@ def train(method: str, problems: Problem) -> Any:
         weight_decay=0.0,
         exclude=(),
     )
-    shapes = {"kernel": jnp.zeros((WEIGHTS, 1))}
-    optimizer = optimizers.build(settings, select(shapes), steps=STEPS, epoch=STEPS // EPOCHS)
+    quantizer = optimizers.choose({"kernel": jnp.zeros((WEIGHTS, 1))}, settings)
+    optimizer = optimizers.build(settings, quantizer, steps=STEPS, epoch=STEPS // EPOCHS)
 
     def one(problem: Problem, key: jax.Array) -> jax.Array:
         def loss(params: Any, rows: jax.Array) -> jax.Array:
@@ -96,8 +96,8 @@ def train(method: str, problems: Problem) -> Any:
 
         params = {"kernel": problem.start}
         begin = (params, optimizer.init(params))
-        (params, state), _ = jax.lax.scan(step, begin, jax.random.split(key, STEPS))
-        return jnp.where(hard_params(state, params)["kernel"][:, 0] >= 0, 1.0, -1.0)
+        (params, _), _ = jax.lax.scan(step, begin, jax.random.split(key, STEPS))
+        return jnp.where(quantize(params, quantizer)["kernel"][:, 0] >= 0, 1.0, -1.0)
 
     keys = jax.random.split(jax.random.key(0), len(problems.targets))
     return np.asarray(jax.jit(jax.vmap(one))(jax.tree.map(jnp.asarray, problems), keys), np.float64)

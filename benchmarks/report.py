@@ -53,7 +53,7 @@ def _training(rows: list[dict[str, Any]]) -> Iterator[str]:
     scanned = any("scanned_to_single" in row for row in rows)
     yield (
         "| network | method | images/s | share of the peak | memory of a step, MB "
-        "| optimiser's share of the step | time against float |"
+        "| optimizer's share of the step | time against float |"
         + (f" {first['steps']} steps in one call against single ones |" if scanned else "")
     )
     yield "|---|---|--:|--:|--:|--:|--:|" + ("--:|" if scanned else "")

@@ -14,8 +14,8 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/stam-jax/stam_jax/blob/main/notebooks/01_quickstart.ipynb)
 #
 # A small convolutional network learns to read handwritten digits, with every kernel $\alpha \cdot (\pm 1)$:
-# one bit per weight. You will see how `stam` goes into an Optax chain, the accuracy of the relaxed and of
-# the binary network over the epochs, what is in the packed file, and what a network read from it says of
+# one bit per weight. You will see how `stam` goes around an Optax optimizer, the accuracy of the relaxed and
+# of the binary network over the epochs, what is in the packed file, and what a network read from it says of
 # digits it has not seen. The notebook runs as it stands on a CPU, on GPUs and on TPUs; the batch is shared
 # between all devices there are.
 
@@ -43,21 +43,10 @@ from matplotlib.colors import ListedColormap
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from stam_jax import (
-    LinearBlend,
-    hard_params,
-    load_packed,
-    pack,
-    report,
-    save_packed,
-    schedules,
-    select,
-    stam,
-    unpack,
-)
+from stam_jax import load_packed, pack, quantize, save_packed, stam, tabulate, unpack
 
 plt.rcParams.update({"figure.dpi": 100, "axes.spines.top": False, "axes.spines.right": False})
-BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's, which colour-blind readers tell apart.
+BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's, which color-blind readers tell apart.
 
 devices = jax.devices()
 print(f"{len(devices)} x {devices[0].device_kind}")
@@ -79,7 +68,7 @@ print(f"{len(train_labels):,} images to learn from, {len(test_labels)} to be tes
 # %% [markdown]
 # ## A network
 #
-# Three convolutions with batch normalisation, and a linear head: an ordinary Flax network, which knows
+# Three convolutions with batch normalization, and a linear head: an ordinary Flax network, which knows
 # nothing of binary weights.
 
 
@@ -104,22 +93,22 @@ class Network(nnx.Module):
 
 
 model = Network(nnx.Rngs(0))
-print(select(nnx.state(model, nnx.Param)))
+print(tabulate(nnx.state(model, nnx.Param)))
 
 # %% [markdown]
-# The table is what `stam` would choose by itself: kernels are binary, biases and the parameters of
-# normalisation stay in float.
+# The table is what `stam` quantizes by itself: kernels become binary, biases and the parameters of
+# normalization stay in full precision. The gap is how far each kernel still is from binary.
 #
-# ## The optimiser
+# ## The optimizer
 #
-# `stam` stands last in the chain and scales by the learning rate itself. The network runs on relaxed
-# weights
+# `stam` goes around any Optax optimizer, here SGD with momentum. The optimizer moves latent weights $w$,
+# which are kept in its state. The network runs on relaxed weights
 #
 # $$x = (1 - \theta)\, w + \theta\, y, \qquad y = P_Q(w) = \alpha\, \mathrm{sign}(w),$$
 #
-# between the float weights $w$ and their projection $y$ onto the binary ones. The share $\theta$ grows from
-# 0 to 1 over the first three quarters of the run; for the last quarter the network that is trained *is* the
-# binary one.
+# between the latent weights and their projection $y$ onto the binary ones. The share $\theta$ grows from
+# 0 to 1 until the step `hard_from`, after three quarters of the run; for the last quarter the network that is
+# trained *is* the binary one.
 
 # %%
 epochs = 30
@@ -127,21 +116,14 @@ batch_size = 8 * max(8, len(devices))
 steps_per_epoch = len(train_labels) // batch_size
 steps = epochs * steps_per_epoch
 
-theta = schedules.linear_to_hard(round(0.75 * steps))
-optimizer = nnx.Optimizer(
-    model,
-    optax.chain(
-        optax.trace(0.9),
-        stam(optax.cosine_decay_schedule(0.05, steps), relaxation=LinearBlend(theta)),
-    ),
-    wrt=nnx.Param,
-)
+sgd = optax.sgd(optax.cosine_decay_schedule(0.05, steps), momentum=0.9)
+optimizer = nnx.Optimizer(model, stam(sgd, hard_from=round(0.75 * steps)), wrt=nnx.Param)
 
 # %% [markdown]
 # ## All devices
 #
 # One mesh over all devices, whichever they are: a batch is spread over them along its first axis, and each
-# holds all weights. Under `jit` that is all it takes: JAX adds up the gradients, and batch normalisation
+# holds all weights. Under `jit` that is all it takes: JAX adds up the gradients, and batch normalization
 # sees the whole batch.
 
 # %%
@@ -193,8 +175,8 @@ def accuracy(graph, params, stats, images, labels):
 
 # %% [markdown]
 # After each epoch both networks are measured on the test images: the relaxed one, at $x$, and the binary
-# one, which `hard_params` gives. Batch normalisation kept its running statistics at the relaxed weights; at
-# others they are others, so they are taken anew from the training images, for both.
+# one, which `quantize` makes of it. Batch normalization kept its running statistics at the relaxed weights;
+# at others they are others, so they are taken anew from the training images, for both.
 
 # %%
 whole_train, whole_test = jax.device_put((train_images, test_images), everywhere)
@@ -209,7 +191,7 @@ for _ in range(epochs):
         train_step(model, optimizer, *jax.device_put((train_images[batch], train_labels[batch]), spread))
 
     params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
-    for name, weights in {"relaxed": params, "binary": hard_params(optimizer.opt_state, params)}.items():
+    for name, weights in {"relaxed": params, "binary": quantize(params)}.items():
         renewed = fresh_statistics(graph, weights, stats, whole_train)
         curves[name].append(accuracy(graph, weights, renewed, whole_test, test_labels))
 
@@ -221,8 +203,8 @@ print(", ".join(f"{name}: {100 * curve[-1]:.1f}%" for name, curve in curves.item
 # %%
 figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
 axes.axvspan(0.75 * epochs, epochs, color="0.92", label="$x = y$")
-for (name, curve), colour, style in zip(curves.items(), (BLUE, ORANGE), ("-", "--"), strict=True):
-    axes.plot(range(1, epochs + 1), 100 * np.asarray(curve), style, color=colour, label=name)
+for (name, curve), color, style in zip(curves.items(), (BLUE, ORANGE), ("-", "--"), strict=True):
+    axes.plot(range(1, epochs + 1), 100 * np.asarray(curve), style, color=color, label=name)
 axes.set(xlabel="epoch", ylabel="test accuracy, %", xlim=(1, epochs))
 axes.legend(loc="lower right")
 plt.show()
@@ -236,23 +218,23 @@ plt.show()
 #
 # `pack` gives the network's tree with each binary kernel as bits and scales. With the batch-norm statistics
 # it is whole, and `save_packed` writes it to an ordinary safetensors file. The same function takes the
-# relaxed weights in float, for comparison.
+# weights as float32 arrays, for comparison.
 
 # %%
-packed = {"params": pack(optimizer.opt_state, params), "stats": renewed}
+packed = {"params": pack(params), "stats": renewed}
 size = save_packed("digits.safetensors", packed, metadata={"labels": "0 to 9"})
 size_float = save_packed("digits-float.safetensors", {"params": params, "stats": renewed})
-print(f"{size_float:,} bytes in float, {size:,} packed: {size_float / size:.1f} times less")
+print(f"{size_float:,} bytes in float32, {size:,} packed: {size_float / size:.1f} times less")
 
 # %%
-found = report(packed)
+found = tabulate(packed)
 print(found)
-print(f"the header takes {size - found.bytes_packed:,} bytes")
+print(f"the header takes {size - found.nbytes:,} bytes")
 
 # %% [markdown]
-# In every group of a binary kernel, the weights of one output channel, there are two values: that is the
-# proof. The leaves that stay in float, the scales and the header take a part of this file that they would
-# not take of a larger network's.
+# A binary kernel takes one bit per weight and a scale for each output channel. The leaves that stay in full
+# precision, the scales and the header take a part of this file that they would not take of a larger
+# network's.
 #
 # ## Reading it back
 #
@@ -270,9 +252,7 @@ def predict_packed(tree, images):
 
 
 logits = predict_packed(loaded, whole_test)
-same = jax.tree.all(
-    jax.tree.map(jnp.array_equal, unpack(loaded["params"]), hard_params(optimizer.opt_state, params))
-)
+same = jax.tree.all(jax.tree.map(jnp.array_equal, unpack(loaded["params"]), quantize(params)))
 print("the weights that were saved:", same)
 print(f"accuracy of what was read: {100 * float((logits.argmax(-1) == test_labels).mean()):.1f}%")
 
@@ -305,5 +285,5 @@ plt.show()
 # The 32 kernels of the first layer, $+\alpha$ in blue and $-\alpha$ in orange: nine bits and a scale each.
 #
 # Further: [what the theorem says, and what not](02_convergence.ipynb), [the
-# relaxations](03_relaxations.ipynb), and [your own networks, quantisers and
+# relaxations](03_relaxations.ipynb), and [your own networks, quantizers and
 # relaxations](04_your_own.ipynb).

@@ -13,7 +13,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/stam-jax/stam_jax/blob/main/notebooks/02_convergence.ipynb)
 #
-# On a problem whose constants are known, you will see the residual of proximal `stam` stay under its bound
+# On a problem whose constants are known, you will see the residual of `stam_proximal` stay under its bound
 # for penalties, learning rates and noise of several sizes, and fall with the length of the run as the bound
 # does; the terms of its objective; what inertia and momentum change; and why a small residual alone does
 # not make a good binary network. It ends with real data, where the constants have to be estimated. The
@@ -43,34 +43,25 @@ import optax
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from stam_jax import (
-    Binary,
-    Box,
-    LinearBlend,
-    diagnostics,
-    hard_params,
-    schedules,
-    sign_flips,
-    stam,
-    theory,
-    trace_diagnostics,
-)
+from stam_jax import Binary, diagnostics, quantize, stam, stam_proximal, theory, three_block_splitting
+from stam_jax.regularizers import Box
+from stam_jax.relaxations import SquaredDistance
 
 # Differences of losses are measured here, and single precision would round them.
 jax.config.update("jax_enable_x64", True)
 plt.rcParams.update({"figure.dpi": 100, "axes.spines.top": False, "axes.spines.right": False})
-# Okabe and Ito's colours, which colour-blind readers tell apart; each with a marker or a style of its own.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
+# Okabe and Ito's colors, which color-blind readers tell apart; each with a marker or a style of its own.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 print(f"{len(jax.devices())} x {jax.devices()[0].device_kind}")
 
 # %% [markdown]
 # ## The iteration and its bound
 #
-# Proximal `stam` minimises
+# `stam_proximal` minimizes
 #
 # $$\Phi(x, y, z) = f(x) + g(y) + h(z) + \tfrac{\rho}{2}|x - y|^2 + \tfrac{\tau}{2}|x - z|^2 ,$$
 #
-# where $g$ confines $y$ to the binary weights $Q$ and $h$ is a regulariser, by exact steps in $y$ and $z$
+# where $g$ confines $y$ to the binary weights $Q$ and $h$ is a regularizer, by exact steps in $y$ and $z$
 # and a stochastic one in $x$. Without $h$, and with $d$ a stochastic gradient of $f$ at $x$, one step is
 #
 # $$y^+ = P_Q(x), \qquad x^+ = x - \hat\eta\,\bigl(d + \rho\,(x - y^+)\bigr), \qquad
@@ -101,10 +92,11 @@ SHAPE, WAVE, FREQUENCY = (16, 4), 0.3, 2.0
 draws = np.random.default_rng(0)
 target = draws.choice([-1.0, 1.0], SHAPE) * draws.uniform(0.5, 1.5, SHAPE)
 curvature = draws.uniform(0.1, 1.0, SHAPE)
-start = jnp.asarray(draws.normal(size=SHAPE))
+start = {"kernel": jnp.asarray(draws.normal(size=SHAPE))}
+SIZE = target.size
 
 smoothness = float(curvature.max() + WAVE * FREQUENCY**2)
-lowest = -WAVE * start.size
+lowest = -WAVE * SIZE
 
 
 def terms(x):
@@ -112,15 +104,20 @@ def terms(x):
     return curvature * (x - target) ** 2 / 2 + WAVE * jnp.cos(FREQUENCY * x)
 
 
-def f(x):
+def f(params):
     """The loss."""
-    return terms(x).sum()
+    return terms(params["kernel"]).sum()
+
+
+def noisy_gradient(params, noise, key):
+    """The gradient of the loss, with noise of standard deviation sigma in all."""
+    return {"kernel": jax.grad(f)(params)["kernel"] + noise * jax.random.normal(key, SHAPE) / np.sqrt(SIZE)}
 
 
 scales = np.linspace(0, 3, 3001)[:, None, None]
 best = float(terms(scales * np.sign(target)).sum(axis=1).min(axis=0).sum())
 print(f"L = {smoothness:.2f}")
-print(f"f at the start: {f(start):.1f}; made binary: {f(Binary().project(start)):.1f}")
+print(f"f at the start: {f(start):.1f}; made binary: {f(quantize(start)):.1f}")
 print(f"lowest f of binary weights: {best:.1f}")
 
 
@@ -131,29 +128,37 @@ def squared_residual(noisy, before, after, settings):
     return diagnostics.residual(jax.grad(f)(before[1]), *before, penalty=pull).whole.total ** 2
 
 
+def quantized(state, params):
+    """The quantized weights q of theorem 2, from the latent weights where there are any."""
+    return quantize(params if state.latent is None else state.latent)
+
+
 MEASURES = {
     "squared residual": squared_residual,
     "flip work": lambda noisy, before, after, settings: diagnostics.flip_work(
         f, noisy, before, after, **settings
     ),
     "flips": lambda noisy, before, after, settings: (
-        start.size * sign_flips(hard_params(*before), hard_params(*after))
+        SIZE * diagnostics.sign_flips(quantized(*before), quantized(*after))
     ),
-    "hard objective": lambda noisy, before, after, settings: f(hard_params(*after)),
+    "quantized loss": lambda noisy, before, after, settings: f(quantized(*after)),
 }
 
 
-def run(key, learning_rate, penalty, noise, inertia, *, steps, measures, momentum):
+def proximal(learning_rate, penalty, inertia):
+    """The iteration of theorem 1, without inertia."""
+    return stam_proximal(learning_rate, penalty)
+
+
+def run(key, learning_rate, penalty, noise, inertia, *, steps, measures, build):
     """What some measures say of each step of one run."""
-    optimizer = stam(learning_rate, penalty=penalty, inertia=inertia, project="first")
-    if momentum is not None:
-        optimizer = optax.chain(optax.trace(momentum), optimizer)
+    optimizer = build(learning_rate, penalty, inertia)
     settings = {"learning_rate": learning_rate, "penalty": penalty, "inertia": inertia}
     state = optimizer.init(start)
 
     def step(before, key):
         state, x = before
-        noisy = jax.grad(f)(x) + noise * jax.random.normal(key, SHAPE) / np.sqrt(start.size)
+        noisy = noisy_gradient(x, noise, key)
         updates, new_state = optimizer.update(noisy, state, x)
         new_x = optax.apply_updates(x, updates)
         after = (new_state, new_x)
@@ -165,10 +170,12 @@ def run(key, learning_rate, penalty, noise, inertia, *, steps, measures, momentu
 KEYS = jax.random.split(jax.random.key(0), 8)
 
 
-def runs(learning_rate, penalty, noise, inertia=0.0, *, steps, measures=("squared residual",), momentum=None):
+def runs(
+    learning_rate, penalty, noise, inertia=0.0, *, steps, measures=("squared residual",), build=proximal
+):
     """Runs for several settings at once, from eight random keys each: arrays of [settings, keys, steps]."""
     settings = np.broadcast_arrays(*map(np.float64, (learning_rate, penalty, noise, inertia)))
-    one = functools.partial(run, steps=steps, measures=measures, momentum=momentum)
+    one = functools.partial(run, steps=steps, measures=measures, build=build)
     over_keys = jax.vmap(one, in_axes=(0, None, None, None, None))
     found = jax.jit(jax.vmap(over_keys, in_axes=(None, 0, 0, 0, 0)))(KEYS, *map(jnp.atleast_1d, settings))
     return jax.tree.map(np.asarray, found)
@@ -176,7 +183,9 @@ def runs(learning_rate, penalty, noise, inertia=0.0, *, steps, measures=("square
 
 def decrease(penalty):
     """How far the objective can fall from the start, at most."""
-    at_start = diagnostics.objective(f(start), stam(1.0, penalty=penalty).init(start), start, penalty=penalty)
+    at_start = diagnostics.objective(
+        f(start), stam_proximal(1.0, penalty).init(start), start, penalty=penalty
+    )
     return float(at_start.total) - lowest
 
 
@@ -213,14 +222,14 @@ largest = 0.0
 figure, all_axes = plt.subplots(1, 3, figsize=(11, 3.8), sharey=True, layout="constrained")
 curves = iter(means)
 for axes, (title, cases) in zip(all_axes, panels.items(), strict=True):
-    for (learning_rate, rho, noise, label), colour in zip(cases, COLOURS, strict=False):
+    for (learning_rate, rho, noise, label), color in zip(cases, COLORS, strict=False):
         curve = next(curves)
         bounds = np.array([theory.bound(learning_rate, **constants(rho, noise, k)) for k in (1, STEPS)])
         # The bound is a / k + b.
         a = (bounds[0] - bounds[1]) / (1 - 1 / STEPS)
         allowed = a / counts + bounds[0] - a
-        axes.loglog(counts, curve, color=colour, label=label)
-        axes.loglog(counts, allowed, "--", color=colour, linewidth=1)
+        axes.loglog(counts, curve, color=color, label=label)
+        axes.loglog(counts, allowed, "--", color=color, linewidth=1)
         largest = max(largest, float((curve / allowed).max()))
     axes.set(xlabel="steps", title=title)
     axes.legend(loc="upper right", fontsize=9)
@@ -229,7 +238,7 @@ plt.show()
 print(f"the largest share of its bound that a curve reaches: {100 * largest:.0f}%")
 
 # %% [markdown]
-# No solid line crosses the dashed one of its colour. The bound falls as $1/K$ down to the price of the
+# No solid line crosses the dashed one of its color. The bound falls as $1/K$ down to the price of the
 # noise, where both flatten: a larger penalty raises the whole, a larger learning rate falls sooner and
 # flattens higher, and a larger batch lets the line fall further.
 
@@ -261,10 +270,10 @@ axes.loglog(
     lengths,
     measured.mean(axis=1),
     "o-",
-    color=COLOURS[0],
+    color=COLORS[0],
     label=f"mean of eight runs, slope {slope(measured.mean(axis=1)):.2f}",
 )
-axes.loglog(lengths, measured, ".", color=COLOURS[0], alpha=0.4, markersize=4)
+axes.loglog(lengths, measured, ".", color=COLORS[0], alpha=0.4, markersize=4)
 axes.set(xlabel="steps $K$", ylabel="mean of $|R|^2$ over the run")
 axes.legend()
 plt.show()
@@ -277,9 +286,9 @@ plt.show()
 # %% [markdown]
 # ## The terms of the objective
 #
-# Now with a regulariser as the third block: $h$ is a box of half-width 0.8, and $\tau = 1$.
-# `diagnostics.objective` gives the terms of $\Phi$, and `trace_diagnostics`, around the optimiser, records
-# what each step did, here the share of signs it flipped.
+# Now with a regularizer as the third block: $h$ is a box of half-width 0.8, and $\tau = 1$.
+# `diagnostics.objective` gives the terms of $\Phi$, and `diagnostics.record`, around the optimizer, keeps in
+# its state what each step did, here the share of signs it flipped.
 
 # %%
 box = {"regularizer": Box(0.8), "regularizer_penalty": 1.0}
@@ -289,13 +298,12 @@ box = {"regularizer": Box(0.8), "regularizer_penalty": 1.0}
 def objectives(key, learning_rate, penalty, noise, *, steps):
     """The terms of the objective before each step, and the share of signs that the step flipped."""
     settings = {"penalty": penalty, **box}
-    optimizer = trace_diagnostics(stam(learning_rate, **settings), **settings)
+    optimizer = diagnostics.record(stam_proximal(learning_rate, **settings), **settings)
 
     def step(carry, key):
         x, state = carry
         found = diagnostics.objective(f(x), state, x, **settings)
-        noisy = jax.grad(f)(x) + noise * jax.random.normal(key, SHAPE) / np.sqrt(start.size)
-        updates, state = optimizer.update(noisy, state, x)
+        updates, state = optimizer.update(noisy_gradient(x, noise, key), state, x)
         return (optax.apply_updates(x, updates), state), (
             found,
             optax.tree.get(state, "diagnostics").flips,
@@ -312,13 +320,13 @@ for (upper, lower), penalty in zip(all_axes.T, (0.3, 3.0, 30.0), strict=True):
     names = {
         "total": r"$\Phi$",
         "loss": "$f(x)$",
-        "quantised": r"$\frac{\rho}{2}|x-y|^2$",
+        "quantized": r"$\frac{\rho}{2}|x-y|^2$",
         "constrained": r"$h(z)+\frac{\tau}{2}|x-z|^2$",
     }
-    styles = zip(("black", *COLOURS), ("-", "--", "-.", ":"), strict=False)
-    for (name, label), (colour, style) in zip(names.items(), styles, strict=True):
-        upper.semilogx(counts[:1500], getattr(found, name), style, color=colour, label=label)
-    lower.semilogx(counts[:1500], start.size * np.cumsum(flips), color=COLOURS[0])
+    styles = zip(("black", *COLORS), ("-", "--", "-.", ":"), strict=False)
+    for (name, label), (color, style) in zip(names.items(), styles, strict=True):
+        upper.semilogx(counts[:1500], getattr(found, name), style, color=color, label=label)
+    lower.semilogx(counts[:1500], SIZE * np.cumsum(flips), color=COLORS[0])
     upper.set_title(rf"$\rho$ = {penalty:g}")
     lower.set(xlabel="steps", ylim=(-1, 20))
 all_axes[0, 0].set_ylabel("terms of the objective")
@@ -338,14 +346,14 @@ print(f"without noise, at the largest rate, the largest rise of a step: {np.diff
 # %% [markdown]
 # ## Inertia
 #
-# With inertia $\kappa$ the engine keeps the float weights and carries a share of $w - x$ on. In $x$ alone,
-# with $\lambda = \eta\rho$, that is
+# With inertia $\kappa$ the iteration keeps latent weights $v$ and carries a share of $w - x$ on. In $x$
+# alone, with $\lambda = \eta\rho$, that is
 #
 # $$x^+ = x - \hat\eta\,\bigl(d + (1 - \kappa)\,\rho\,(x - y^+)\bigr)
 # + \frac{\kappa\lambda}{1 + \lambda}\,(y^+ - y) :$$
 #
 # the pull is weaker, and $x$ is carried along when $y$ moves. That second part is no step down anything,
-# and here theorem 1 ends. Let $q = P_Q(v)$ be the binary weights that one would ship,
+# and here theorem 1 ends. Let $q = P_Q(v)$ be the quantized weights,
 # $\tilde\rho = (1-\kappa)\rho$, $M(x, q) = f(x) + \tfrac{\tilde\rho}{2}|x - q|^2$, and $J_k$ the flip work,
 # what moving $q$, and $x$ with it, adds to $M$ in a step: `diagnostics.flip_work`. Theorem 2 then says
 #
@@ -360,9 +368,22 @@ print(f"without noise, at the largest rate, the largest rise of a step: {np.diff
 # %%
 rho, noise, learning_rate, steps = 30.0, 8.0, 0.1 / smoothness, 2000
 kappas = (0.0, 0.5, 0.9, 0.97, 0.99, 0.997, 1.0)
-found = runs(learning_rate, rho, noise, kappas, steps=steps, measures=tuple(MEASURES))
 
-print("kappa  mean |R|^2   bound  sum of J  flips  hard objective")
+
+def inertial(learning_rate, penalty, inertia):
+    """The iteration of theorem 2, with the projection first."""
+    return three_block_splitting(
+        optax.sgd(learning_rate),
+        quantizer=Binary(),
+        relaxation=SquaredDistance(learning_rate * penalty),
+        inertia=inertia,
+        project="first",
+    )
+
+
+found = runs(learning_rate, rho, noise, kappas, steps=steps, measures=tuple(MEASURES), build=inertial)
+
+print("kappa  mean |R|^2   bound  sum of J  flips  quantized loss")
 for index, kappa in enumerate(kappas):
     of = {name: values[index] for name, values in found.items()}
     work = float(of["flip work"].sum(axis=-1).mean())
@@ -370,24 +391,24 @@ for index, kappa in enumerate(kappas):
     bound = theory.bound(learning_rate, **known)
     print(
         f"{kappa:5g}  {of['squared residual'].mean():10.2f}  {bound:6.2f}  {work:8.1f}"
-        f"  {of['flips'].sum(axis=-1).mean():5.0f}  {of['hard objective'][:, -1].mean():14.2f}"
+        f"  {of['flips'].sum(axis=-1).mean():5.0f}  {of['quantized loss'][:, -1].mean():14.2f}"
     )
 
 # %%
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
 styles = ("-", "--", "-.", ":")
 shown = [kappas.index(kappa) for kappa in (0.0, 0.9, 0.99, 1.0)]
-for index, colour, style in zip(shown, COLOURS, styles, strict=False):
+for index, color, style in zip(shown, COLORS, styles, strict=False):
     label = rf"$\kappa$ = {kappas[index]:g}"
-    left.plot(found["flip work"][index].cumsum(axis=-1).mean(axis=0), style, color=colour, label=label)
-    middle.plot(found["flips"][index].cumsum(axis=-1).mean(axis=0), style, color=colour, label=label)
+    left.plot(found["flip work"][index].cumsum(axis=-1).mean(axis=0), style, color=color, label=label)
+    middle.plot(found["flips"][index].cumsum(axis=-1).mean(axis=0), style, color=color, label=label)
 left.set(xlabel="steps", ylabel="flip work so far, $\\sum J$")
 middle.set(xlabel="steps", ylabel="signs flipped so far")
 middle.legend()
-finals = found["hard objective"][:, :, -1]
+finals = found["quantized loss"][:, :, -1]
 places = np.arange(len(kappas))
-right.plot(places, finals, ".", color=COLOURS[0], alpha=0.4)
-right.plot(places, finals.mean(axis=1), "o-", color=COLOURS[0], label="after 2,000 steps")
+right.plot(places, finals, ".", color=COLORS[0], alpha=0.4)
+right.plot(places, finals.mean(axis=1), "o-", color=COLORS[0], label="after 2,000 steps")
 right.axhline(best, color="black", linestyle="--", linewidth=1, label="lowest there is")
 right.set(xlabel=r"inertia $\kappa$", ylabel="$f$ at the binary weights", xticks=places)
 right.set_xticklabels([f"{kappa:g}" for kappa in kappas])
@@ -416,18 +437,17 @@ plt.show()
 rho, noise, steps = 1.0, 8.0, 2000
 known = constants(rho, noise, steps)
 rate = theory.step_size(**known)
+with_momentum = lambda *settings: optax.chain(optax.trace(0.9), proximal(*settings))
 cases = {
-    "plain": (rate, None),
-    "momentum 0.9, same rate": (rate, 0.9),
-    "momentum 0.9, a tenth of the rate": (rate / 10, 0.9),
+    "plain": (rate, proximal),
+    "momentum 0.9, same rate": (rate, with_momentum),
+    "momentum 0.9, a tenth of the rate": (rate / 10, with_momentum),
 }
 figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
 counts = np.arange(1, steps + 1)
-for (label, (learning_rate, momentum)), colour, style in zip(cases.items(), COLOURS, styles, strict=False):
-    found = runs(learning_rate, rho, noise, steps=steps, momentum=momentum)["squared residual"].mean(
-        axis=(0, 1)
-    )
-    axes.loglog(counts, found.cumsum() / counts, style, color=colour, label=label)
+for (label, (learning_rate, build)), color, style in zip(cases.items(), COLORS, styles, strict=False):
+    found = runs(learning_rate, rho, noise, steps=steps, build=build)["squared residual"].mean(axis=(0, 1))
+    axes.loglog(counts, found.cumsum() / counts, style, color=color, label=label)
     print(f"{label}: {found.mean():.2f}")
 axes.axhline(theory.bound(rate, **known), color="black", linestyle="--", linewidth=1, label="bound, plain")
 print(f"bound: {theory.bound(rate, **known):.2f}")
@@ -443,7 +463,7 @@ plt.show()
 # %% [markdown]
 # ## Real data: logistic regression on digits
 #
-# One linear layer without a bias, its kernel binary, on scikit-learn's digits, centred. Here the constants
+# One linear layer without a bias, its kernel binary, on scikit-learn's digits, centered. Here the constants
 # have to be found:
 #
 # * *Smoothness.* `theory.estimate_smoothness` gives the largest $|$eigenvalue$|$ of the Hessian at a point:
@@ -500,7 +520,7 @@ print(f"sigma for batches of {BATCH}: {noise:.3f}")
 @functools.partial(jax.jit, static_argnames=("steps", "full", "optimizer"))
 def regression(key, learning_rate, penalty, *, steps, full=False, optimizer=None):
     """A run on the digits, by minibatches or by full gradients."""
-    optimizer = optimizer or stam(learning_rate, penalty=penalty)
+    optimizer = optimizer or stam_proximal(learning_rate, penalty)
 
     def step(carry, key):
         params, state = carry
@@ -513,13 +533,13 @@ def regression(key, learning_rate, penalty, *, steps, full=False, optimizer=None
         return (optax.apply_updates(params, updates), state), residual**2
 
     begin = (first, optimizer.init(first))
-    (params, state), residuals = jax.lax.scan(step, begin, jax.random.split(key, steps))
-    hard = hard_params(state, params)
+    (params, _), residuals = jax.lax.scan(step, begin, jax.random.split(key, steps))
+    quantized = quantize(params)
     return {
         "squared residual": residuals,
         "relaxed": accuracy(params),
-        "binary": accuracy(hard),
-        "changed": sign_flips(hard_params(begin[1], begin[0])["kernel"], hard["kernel"]),
+        "binary": accuracy(quantized),
+        "changed": diagnostics.sign_flips(first, params),
         "smoothness": theory.estimate_smoothness(full_loss, params, key=jax.random.key(0)).value,
         "noise": jnp.sqrt(variance(params) / BATCH),
     }
@@ -529,7 +549,9 @@ steps = 2000
 penalties = (0.001, 0.01, 0.1, 1.0)
 known = {}
 for rho in penalties:
-    at_start = diagnostics.objective(full_loss(first), stam(1.0, penalty=rho).init(first), first, penalty=rho)
+    at_start = diagnostics.objective(
+        full_loss(first), stam_proximal(1.0, rho).init(first), first, penalty=rho
+    )
     known[rho] = {
         "smoothness": from_above,
         "noise": noise,
@@ -558,31 +580,29 @@ print(f"at the ends, L is at least {found['smoothness'].max():.3f}, sigma at mos
 # %% [markdown]
 # ## A small residual is not a good network
 #
-# The same without noise, by full gradients at $\eta = 1/L$, for as many steps; and, to compare, inertial
-# `stam` with a linear blend, on minibatches.
+# The same without noise, by full gradients at $\eta = 1/L$, for as many steps; and, to compare, `stam` with
+# an inertia of 1, on minibatches.
 
 # %%
 exact = jax.vmap(functools.partial(regression, steps=steps, full=True), in_axes=(None, None, 0))
 stuck = jax.tree.map(np.asarray, exact(KEYS[0], 1 / from_above, jnp.array(penalties)))
-blend = stam(1 / from_above, relaxation=LinearBlend(schedules.linear_to_hard(3 * steps // 4)), inertia=1.0)
-inertial = regression(KEYS[0], 0.0, 0.0, steps=steps, optimizer=blend)
+blend = stam(optax.sgd(1 / from_above), hard_from=3 * steps // 4, inertia=1.0)
+blended = regression(KEYS[0], 0.0, 0.0, steps=steps, optimizer=blend)
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-for index, (rho, colour) in enumerate(zip(penalties, COLOURS, strict=False)):
-    left.loglog(counts[:steps], stuck["squared residual"][index], color=colour, label=rf"$\rho$ = {rho:g}")
+for index, (rho, color) in enumerate(zip(penalties, COLORS, strict=False)):
+    left.loglog(counts[:steps], stuck["squared residual"][index], color=color, label=rf"$\rho$ = {rho:g}")
 left.set(xlabel="steps", ylabel="$|R|^2$")
 left.legend(fontsize=9)
-right.semilogx(penalties, 100 * stuck["relaxed"], "o-", color=COLOURS[0], label="relaxed")
-right.semilogx(penalties, 100 * stuck["binary"], "s--", color=COLOURS[1], label="binary")
-right.axhline(
-    100 * inertial["binary"], color="black", linestyle=":", label="binary, inertial with linear blend"
-)
+right.semilogx(penalties, 100 * stuck["relaxed"], "o-", color=COLORS[0], label="relaxed")
+right.semilogx(penalties, 100 * stuck["binary"], "s--", color=COLORS[1], label="binary")
+right.axhline(100 * blended["binary"], color="black", linestyle=":", label="binary, stam")
 right.set(xlabel=r"penalty $\rho$", ylabel="test accuracy, %", ylim=(0, 100))
 right.legend(loc="lower left", fontsize=9)
 plt.show()
 print("|R|^2 at the end:", ", ".join(f"{value:.1e}" for value in stuck["squared residual"][:, -1]))
 print("accuracy, binary:", ", ".join(f"{value:.1%}" for value in stuck["binary"]))
-print(f"accuracy, inertial: {inertial['binary']:.1%}")
+print(f"accuracy, stam: {blended['binary']:.1%}")
 print("signs other than at the start:", ", ".join(f"{value:.1%}" for value in stuck["changed"]))
 
 # %% [markdown]

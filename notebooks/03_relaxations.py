@@ -9,14 +9,14 @@
 # ---
 
 # %% [markdown]
-# # The relaxations: from float to binary
+# # The relaxations: from full precision to binary
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/stam-jax/stam_jax/blob/main/notebooks/03_relaxations.ipynb)
 #
-# The network does not run on float weights $w$, nor, until the end, on their projection $y = P_Q(w)$, but
-# on relaxed weights $x$ between the two. You will see the maps that lead from $w$ to $x$, for binary and
-# ternary weights; what each does to the weights of a layer in the course of a training; how many weights
-# have settled, and how many signs flip, over the epochs; and what comes of it.
+# The network does not run on the latent weights $w$ that the optimizer moves, nor, until the end, on their
+# projection $y = P_Q(w)$, but on relaxed weights $x$ between the two. You will see the maps that lead from
+# $w$ to $x$, for binary and ternary weights; what each does to the weights of a layer in the course of a
+# training; how many weights have settled, and how many signs flip, over the epochs; and what comes of it.
 
 # %%
 import importlib.util
@@ -42,8 +42,9 @@ from flax import nnx
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from stam_jax import (
-    Binary,
+from stam_jax import Binary, Ternary, diagnostics, quantize, schedules, three_block_splitting
+from stam_jax.quantizers import levels_of, nearest
+from stam_jax.relaxations import (
     Hard,
     HardFrom,
     L1Distance,
@@ -51,16 +52,11 @@ from stam_jax import (
     PiecewiseAffine,
     ScaledTanh,
     SquaredDistance,
-    Ternary,
-    hard_params,
-    schedules,
-    sign_flips,
-    stam,
 )
 
 plt.rcParams.update({"figure.dpi": 100, "axes.spines.top": False, "axes.spines.right": False})
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+# Okabe and Ito's colors, which color-blind readers tell apart.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 print(f"{len(jax.devices())} x {jax.devices()[0].device_kind}")
 
 # %% [markdown]
@@ -69,7 +65,7 @@ print(f"{len(jax.devices())} x {jax.devices()[0].device_kind}")
 # A relaxation is an object whose `at(count)` is the map of that step; its numbers are schedules of the step
 # count. For binary weights with scale $\alpha$:
 #
-# | relaxation | $x$ | from float to hard |
+# | relaxation | $x$ | from full precision to hard |
 # |---|---|---|
 # | `SquaredDistance` | $(w + \lambda y) / (1 + \lambda)$ | $\lambda$ from 0 to $\infty$ |
 # | `LinearBlend` | $(1 - \theta)\, w + \theta\, y$ | $\theta$ from 0 to 1 |
@@ -104,25 +100,25 @@ w = jnp.linspace(-2, 2, 801)
 
 def draw(axes, relaxation, quantizer):
     """A relaxation at some stages of its anneal."""
-    y, levels = quantizer.project(w), quantizer.levels(w)
-    for stage, colour in stages.items():
-        x = np.array(relaxation.at(stage)(w, y, lambda: levels))
+    levels = levels_of(quantizer, w)
+    for stage, color in stages.items():
+        x = np.array(relaxation.at(stage)(w, nearest(w, levels), levels))
         x[1:][np.abs(np.diff(x)) > 0.1] = np.nan  # A gap in the line where the map jumps.
-        axes.plot(w, x, color=colour, label=f"{stage}%")
-    for level in levels.ravel():
-        axes.axhline(level, color="0.8", linewidth=0.8, zorder=0)
+        axes.plot(w, x, color=color, label=f"{stage}%")
+    for level in levels:
+        axes.axhline(level.item(), color="0.8", linewidth=0.8, zorder=0)
     axes.set(ylim=(-2.1, 2.1), xticks=(-2, 0, 2), yticks=(-2, 0, 2), aspect="equal")
 
 
 figure, rows = plt.subplots(2, 6, figsize=(12, 4.6), sharex=True, sharey=True, layout="constrained")
-quantizers = {"binary": Binary(scale=None), "ternary": Ternary(scale=None)}
+quantizers = {"binary": Binary(axis=(), scale=1.0), "ternary": Ternary(axis=(), scale=1.0)}
 for row, (kind, quantizer) in zip(rows, quantizers.items(), strict=True):
     for axes, (name, relaxation) in zip(row, maps.items(), strict=True):
         draw(axes, relaxation, quantizer)
         if kind == "binary":
             axes.set_title(name, fontsize=11)
     row[0].set_ylabel(f"{kind}: $x$")
-figure.supxlabel("float weight $w$", fontsize=11)
+figure.supxlabel("latent weight $w$", fontsize=11)
 lines, names = rows[0, 0].get_legend_handles_labels()
 figure.legend(lines, names, title="share of the anneal that is done", loc="outside upper center", ncols=4)
 plt.show()
@@ -173,14 +169,14 @@ def accuracy(params):
 
 
 def kernels(params):
-    """What is quantised."""
+    """What is quantized."""
     return [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
 
 
 def train(params, key, relaxation, inertia=1.0):
     """A run: for each epoch its accuracies, flips, share of settled weights, and one layer's weights."""
-    rate = optax.cosine_decay_schedule(0.1, EPOCHS * steps_per_epoch)
-    optimizer = optax.chain(optax.trace(0.9), stam(rate, relaxation=relaxation, inertia=inertia))
+    sgd = optax.sgd(optax.cosine_decay_schedule(0.1, EPOCHS * steps_per_epoch), momentum=0.9)
+    optimizer = three_block_splitting(sgd, quantizer=Binary(), relaxation=relaxation, inertia=inertia)
 
     def step(carry, batch):
         params, state = carry
@@ -190,17 +186,18 @@ def train(params, key, relaxation, inertia=1.0):
 
     def epoch(carry, key):
         params, state = carry
-        before = hard_params(state, params)
+        before = quantize(params)
         order = jax.random.permutation(key, len(train_x))[: steps_per_epoch * BATCH]
         (params, state), _ = jax.lax.scan(step, carry, order.reshape(steps_per_epoch, BATCH))
-        hard = hard_params(state, params)
-        # In units of their scales, so that the levels are -1 and 1.
-        x = [x / jnp.abs(y) for x, y in zip(kernels(params), kernels(hard), strict=True)]
+        hard = quantize(params)
+        # In units of the scales of the latent weights, as the map had them: the levels are -1 and 1.
+        levels = quantize(params if state.latent is None else state.latent)
+        x = [x / jnp.abs(y) for x, y in zip(kernels(params), kernels(levels), strict=True)]
         settled = [jnp.abs(jnp.abs(x) - 1) <= 0.01 for x in x]
         return (params, state), {
             "relaxed": accuracy(params),
             "binary": accuracy(hard),
-            "flips": sign_flips(kernels(before), kernels(hard)),
+            "flips": diagnostics.sign_flips(kernels(before), kernels(hard)),
             "settled": jnp.concatenate([s.ravel() for s in settled]).mean(),
             "layer": x[1],
         }
@@ -227,9 +224,9 @@ shown = {name: results[name] for name in list(results)[:5]}
 epochs = (1, 8, 16, 24, 25)
 bins = np.linspace(-3, 3, 121)
 figure, rows = plt.subplots(5, 5, figsize=(11, 7), sharex=True, layout="constrained")
-for row, (name, result), colour in zip(rows, shown.items(), COLOURS, strict=False):
+for row, (name, result), color in zip(rows, shown.items(), COLORS, strict=False):
     for axes, epoch in zip(row, epochs, strict=True):
-        axes.hist(np.clip(result["layer"][0, epoch - 1].ravel(), -3, 3), bins=bins, color=colour)
+        axes.hist(np.clip(result["layer"][0, epoch - 1].ravel(), -3, 3), bins=bins, color=color)
         axes.set(yticks=[], xticks=(-2, -1, 0, 1, 2))
         axes.spines.left.set_visible(False)
     row[0].set_ylabel(name)
@@ -254,8 +251,8 @@ plt.show()
 # %%
 styles = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-for (name, result), colour, style in zip(results.items(), COLOURS, styles, strict=True):
-    line = {"color": colour, "linestyle": style, "label": name}
+for (name, result), color, style in zip(results.items(), COLORS, styles, strict=True):
+    line = {"color": color, "linestyle": style, "label": name}
     left.plot(range(1, EPOCHS + 1), 100 * result["settled"].mean(axis=0), **line)
     right.semilogy(range(1, EPOCHS + 1), 100 * result["flips"].mean(axis=0), **line)
 for axes, label in ((left, "weights settled, %"), (right, "signs flipped in the epoch, %")):
@@ -281,9 +278,9 @@ results["linear blend, inertia 0"] = runs(relaxations(hard_from, 0.1)["linear bl
 figure, all_axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
 for axes, which in zip(all_axes, ("relaxed", "binary"), strict=True):
     axes.axvspan(hard_from / steps_per_epoch, EPOCHS, color="0.92", zorder=0)
-    for (name, result), colour, style in zip(results.items(), (*COLOURS, "0.6"), (*styles, "-"), strict=True):
+    for (name, result), color, style in zip(results.items(), (*COLORS, "0.6"), (*styles, "-"), strict=True):
         curve = 100 * result[which].mean(axis=0)
-        axes.plot(range(1, EPOCHS + 1), curve, color=colour, linestyle=style, label=name)
+        axes.plot(range(1, EPOCHS + 1), curve, color=color, linestyle=style, label=name)
     axes.set(xlabel="epoch", title=f"{which} network", xlim=(1, EPOCHS), ylim=(50, 100))
 all_axes[0].set_ylabel("test accuracy, %")
 all_axes[1].legend(loc="lower right", fontsize=9)
@@ -296,12 +293,12 @@ for name, result in results.items():
     print(f"{name:24}  {each:20}  {final.mean():4.1f}  {result['flips'].sum(axis=1).mean():6.2f}")
 
 # %% [markdown]
-# The relaxed network learns fast with those relaxations that begin at float, and their binary network lags
-# until the anneal is well on its way; with the l1 distance it catches up by the jump to hard alone. With
-# the last three the two networks are close throughout. In the end all six are within about a point of each
-# other, and of 450 test images one is 0.2 points: a trial this small ranks nothing.
+# The relaxed network learns fast with those relaxations that begin in full precision, and their binary
+# network lags until the anneal is well on its way; with the l1 distance it catches up by the jump to hard
+# alone. With the last three the two networks are close throughout. In the end all six are within about a
+# point of each other, and of 450 test images one is 0.2 points: a trial this small ranks nothing.
 #
 # What does show is the inertia. Without it each step goes the share $\theta$ of the way from $x$ once more,
-# where with it the way begins at the float weights again: the same schedule then pulls far harder. Signs
+# where with it the way begins at the latent weights again: the same schedule then pulls far harder. Signs
 # flip a tenth as often, and the binary network ends several points lower. A schedule for inertia 0 has to
 # be a gentler one.

@@ -9,12 +9,12 @@
 # ---
 
 # %% [markdown]
-# # Your own network, quantiser and relaxation
+# # Your own network, quantizer and relaxation
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/stam-jax/stam_jax/blob/main/notebooks/04_your_own.ipynb)
 #
-# You will quantise a Flax model of your own in fifteen lines, read the report of what is quantised and
-# change it by rules; write a quantiser and a relaxation of your own, and train with them; and take the
+# You will quantize a Flax model of your own in fifteen lines, read the table of what is quantized and
+# change it by patterns; write a quantizer and a relaxation of your own, and train with them; and take the
 # network out of training: packed into a file, read back, and exported as StableHLO.
 
 # %%
@@ -44,19 +44,19 @@ from sklearn.model_selection import train_test_split
 
 from stam_jax import (
     Binary,
-    HardFrom,
-    LinearBlend,
-    hard_params,
     load_packed,
     pack,
     packed_metadata,
-    report,
+    quantize,
+    relaxations,
     save_packed,
     schedules,
-    select,
     stam,
+    tabulate,
+    three_block_splitting,
     unpack,
 )
+from stam_jax.quantizers import levels_of, nearest
 
 digits = load_digits()
 images = (digits.images / 16).astype(np.float32)
@@ -104,49 +104,51 @@ class Transformer(nnx.Module):
 
 
 # %% [markdown]
-# ## What would be quantised
+# ## What would be quantized
 #
-# `select` is what `stam` does by itself. It goes by ranks and names, and says of each leaf why:
+# `tabulate` shows what `stam` does by itself. It goes by ranks and names, and says of each leaf which rule
+# decided:
 
 # %%
 model = Transformer(nnx.Rngs(0))
-print(select(nnx.state(model, nnx.Param)))
+print(tabulate(nnx.state(model, nnx.Param)))
 
 # %% [markdown]
-# It is right about the kernels, those of attention too, of rank 3. But `positions` is no kernel: nothing in
-# its name says so, and it is of rank 2. And the layer that reads pixels is so small that it may as well
-# stay in float. A rule is a pattern over paths, or a function of a path and its leaf; `include` takes rules
-# too. A rule that matches nothing is an error.
+# `positions` has rank 2, but it is not called a kernel. Kernels of attention have rank 3: those that make
+# queries, keys and values have a scale for each place of their last axis, the size of a head, and all heads
+# share it. A scale for each head as well takes two axes. And the layer that reads pixels is so small that it
+# may as well stay in full precision. A dictionary of patterns over paths says all of this. The first pattern
+# that matches decides, one that names a module covers all below it, `"*"` stands for the leaves of the table
+# above, and a pattern without effect is an error.
 
 
 # %%
-def choose(params):
-    """Which leaves are binary."""
-    return select(params, exclude=("positions", "patches/*"))
+def choose(quantizer, heads):
+    """What is quantized, by one quantizer for the kernels of attention heads and one for the others."""
+    attention = {f"*/{name}/kernel": heads for name in ("query", "key", "value")}
+    return {"patches": None} | attention | {"*": quantizer}
 
 
-selection = choose(nnx.state(model, nnx.Param))
-print("\n".join(f"{row.path}: {row.why}" for row in selection.rows if row.why.startswith("exclude")))
-print(str(selection).splitlines()[-1])
+binary = choose(Binary(), heads=Binary(axis=(-2, -1)))
+print(tabulate(nnx.state(model, nnx.Param), binary))
 
 # %% [markdown]
 # ## Fifteen lines
 #
-# The body of `train` has fifteen lines. What is new in them is the last element of the chain; and, to
-# evaluate, `hard_params`.
+# The body of `train` has fifteen lines. What is new in them is what goes around Adam; and, to evaluate,
+# `quantize`. Adam takes small steps, so the inertia is closer to 1 than the default.
 
 # %%
 EPOCHS, BATCH = 20, 32
 STEPS = EPOCHS * (len(train_images) // BATCH)
 HARD_FROM = 3 * STEPS // 4
-blend = LinearBlend(schedules.linear_to_hard(HARD_FROM))
+adam = optax.adam(optax.cosine_decay_schedule(5e-3, STEPS))
 
 
-def train(**options):
-    """A trained model, still with its relaxed weights, and its optimiser."""
-    model, rate = Transformer(nnx.Rngs(0)), optax.cosine_decay_schedule(5e-3, STEPS)
-    chain = optax.chain(optax.scale_by_adam(), stam(rate, mask=choose, **options))
-    optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
+def train(method):
+    """A trained model."""
+    model = Transformer(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, method, wrt=nnx.Param)
 
     def loss(model, x, y):
         return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
@@ -161,7 +163,7 @@ def train(**options):
     for key in jax.random.split(jax.random.key(0), EPOCHS):
         order = jax.random.permutation(key, len(train_images))[: STEPS // EPOCHS * BATCH]
         epoch((model, optimizer), order.reshape(-1, BATCH))
-    return model, optimizer
+    return model
 
 
 @jax.jit
@@ -170,85 +172,72 @@ def apply(graph, params, images):
     return nnx.merge(graph, params)(images)
 
 
-def accuracy(model, optimizer):
-    """That of the binary network on the test images."""
-    hard = hard_params(optimizer.opt_state, nnx.state(model, nnx.Param))
+def accuracy(model, quantizer):
+    """That of the quantized network on the test images."""
+    hard = quantize(nnx.state(model, nnx.Param), quantizer)
     return float((apply(nnx.graphdef(model), hard, test_images).argmax(-1) == test_labels).mean())
 
 
-results = {"Binary, linear blend": accuracy(*train(quantizer=Binary(), relaxation=blend))}
+model = train(stam(adam, hard_from=HARD_FROM, quantizer=binary, inertia=0.9999))
+results = {"Binary, linear blend": accuracy(model, binary)}
 print(f"accuracy of the binary network: {results['Binary, linear blend']:.1%}")
 
 # %% [markdown]
-# ## A quantiser of your own
+# ## A quantizer of your own
 #
-# It is a hashable object with `bits`, `project` and `contains`. This one has scales that are powers of two,
-# so that a shift serves for the multiplication. For a group with signs $s_i$ and $m = \mathrm{mean}|v_i|$,
+# It is a hashable object with two methods: `scales`, the scales that fit an array best, and `levels`, the
+# values that a weight can take at these scales, in ascending order. This one has scales that are powers of
+# two, so that a shift serves for the multiplication. For a group with signs $s_i$ and $m =
+# \mathrm{mean}|w_i|$,
 #
-# $$\sum_i (v_i - \alpha s_i)^2 = \mathrm{const} + n\,(\alpha - m)^2 ,$$
+# $$\sum_i (w_i - \alpha s_i)^2 = \mathrm{const} + n\,(\alpha - m)^2 ,$$
 #
-# so the best power of two is the one nearest to $m$: the projection is exact. `levels` is for relaxations
-# that ask for the levels; `scales`, `codes` and `decode` are what packing takes. As a dataclass it can be
-# named in a file.
+# so the best power of two is the one nearest to $m$. Projecting, packing and tables follow from the two
+# methods. As a dataclass it can be named in a file; one with a field `axis` is given the axis of the output
+# channels where that is None.
 
 
 # %%
 @dataclasses.dataclass(frozen=True)
 class Shift:
-    """Binary weights whose scales, one for each output channel, are powers of two."""
+    """Binary weights whose scales are powers of two, one for each place along some axes."""
 
-    bits = 1
+    axis: int | tuple[int, ...] | None = None
 
-    def scales(self, v):
-        """The power of two nearest to the mean of each channel's sizes."""
-        mean = jnp.abs(v).mean(axis=tuple(range(v.ndim - 1)), keepdims=True)
+    def scales(self, w):
+        """The power of two nearest to the mean of the sizes of the weights that share it."""
+        channels = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        shared = tuple(i for i in range(w.ndim) if i not in {axis % w.ndim for axis in channels})
+        mean = jnp.abs(w.astype(jnp.float32)).mean(axis=shared, keepdims=True)
         _, exponent = jnp.frexp(mean)
         below = jnp.ldexp(1.0, exponent - 1)  # The largest that is not above the mean.
-        return jnp.where(mean < 1.5 * below, below, 2 * below).astype(v.dtype)
+        return jnp.where(mean < 1.5 * below, below, 2 * below)
 
-    def codes(self, v):
-        """1 for the upper level, 0 for the lower."""
-        return (v >= 0).astype(jnp.uint8)
-
-    def decode(self, codes, scales):
-        """The weights of some codes and scales."""
-        return jnp.where(codes == 1, scales, -scales)
-
-    def project(self, v):
-        """The nearest weights of this kind."""
-        return self.decode(self.codes(v), self.scales(v))
-
-    def contains(self, y):
-        """Whether these are such weights."""
-        size = jnp.abs(y)
-        mantissa, _ = jnp.frexp(size)
-        return jnp.all((mantissa == 0.5) & (size == size[(0,) * (y.ndim - 1)]))
-
-    def levels(self, v):
-        """The two levels of each channel."""
-        return jnp.stack([-self.scales(v), self.scales(v)])
+    def levels(self, scales):
+        """The two values."""
+        return -scales, scales
 
 
-v = jax.random.normal(jax.random.key(0), (500, 6)) * jnp.array([0.1, 0.4, 1.0, 1.8, 2.0, 5.0])
-y = Shift().project(v)
-tried = jnp.stack([jnp.square(v - scale * jnp.sign(v)).sum(axis=0) for scale in 2.0 ** jnp.arange(-6, 6)])
-print("scales:", Shift().scales(v).ravel())
-print("contains:", Shift().contains(y), Shift().contains(v))
-nearest = jnp.allclose(jnp.square(v - y).sum(axis=0), tried.min(axis=0), rtol=1e-5)
-print("as near as the nearest power of two:", nearest)
+w = jax.random.normal(jax.random.key(0), (500, 6)) * jnp.array([0.1, 0.4, 1.0, 1.8, 2.0, 5.0])
+y = nearest(w, levels_of(Shift(axis=-1), w))
+tried = jnp.stack([jnp.square(w - scale * jnp.sign(w)).sum(axis=0) for scale in 2.0 ** jnp.arange(-6, 6)])
+print("scales:", Shift(axis=-1).scales(w).ravel())
+is_nearest = jnp.allclose(jnp.square(w - y).sum(axis=0), tried.min(axis=0), rtol=1e-5)
+print("as near as the nearest power of two:", is_nearest)
+print("projected twice, the same:", jnp.array_equal(nearest(y, levels_of(Shift(axis=-1), y)), y))
 
 # %% [markdown]
 # ## A relaxation of your own
 #
 # It is a hashable object with `at(count)`, which gives the map $(w, y, \text{levels}) \mapsto x$ of that
-# step. This one sets the largest weights to their levels first, and more and more of the others as its
-# share grows: they are the furthest from changing their signs.
+# step; `three_block_splitting` takes any. This one sets the largest weights to their levels first, and more
+# and more of the others as its share grows: they are the furthest from changing their signs.
 
 
 # %%
 @dataclasses.dataclass(frozen=True)
 class LargestFirst:
-    """A share of the weights of each array, the largest, are hard; the others are float."""
+    """A share of the weights of each array, the largest, are hard; the others stay as they are."""
 
     share: optax.Schedule
 
@@ -258,10 +247,13 @@ class LargestFirst:
         return lambda w, y, levels: jnp.where(jnp.abs(w) >= jnp.quantile(jnp.abs(w), 1 - share), y, w)
 
 
-largest_first = HardFrom(LargestFirst(schedules.linear_to_hard(HARD_FROM)), HARD_FROM)
-model, optimizer = train(quantizer=Shift(), relaxation=largest_first)
-results["Shift, linear blend"] = accuracy(*train(quantizer=Shift(), relaxation=blend))
-results["Shift, largest first"] = accuracy(model, optimizer)
+shifts = choose(Shift(), heads=Shift(axis=(-2, -1)))
+model = train(stam(adam, hard_from=HARD_FROM, quantizer=shifts, inertia=0.9999))
+results["Shift, linear blend"] = accuracy(model, shifts)
+
+largest_first = relaxations.HardFrom(LargestFirst(schedules.linear_to_hard(HARD_FROM)), HARD_FROM)
+model = train(three_block_splitting(adam, quantizer=shifts, relaxation=largest_first, inertia=0.9999))
+results["Shift, largest first"] = accuracy(model, shifts)
 for name, value in results.items():
     print(f"{name:22}  {value:.1%}")
 
@@ -271,27 +263,24 @@ for name, value in results.items():
 #
 # ## Packing
 #
-# `pack` and `save_packed` take quantisers of your own as well; `load_packed` has to be told of the class,
-# for nothing in a file is executed.
+# `pack` and `save_packed` take quantizers of your own as well; `load_packed` has to be told of the class,
+# for nothing in a file is executed. Give `pack` what the training was given: another quantizer is an error.
 
 # %%
 params = nnx.state(model, nnx.Param)
-packed = pack(optimizer.opt_state, params)
+packed = pack(params, shifts)
 size = save_packed(
     "transformer.safetensors", packed, metadata={"accuracy": round(results["Shift, largest first"], 4)}
 )
 loaded = load_packed("transformer.safetensors", like=params, quantizers=[Shift])
 
-hard = hard_params(optimizer.opt_state, params)
+hard = quantize(params, shifts)
 equal = jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), unpack(loaded), hard))
 print(f"{size:,} bytes; what is read equals what was saved: {equal}")
 print(packed_metadata("transformer.safetensors"))
-print(report(loaded))
+print(tabulate(loaded, shifts))
 
 # %% [markdown]
-# Where the report has two values for each group, the leaf is binary. For a quantiser that does not say its
-# groups the whole leaf counts as one, with twice as many values as there are scales of different sizes.
-#
 # ## Export
 #
 # [StableHLO](https://openxla.org/stablehlo) runs without this library and without Flax. Here the packed
@@ -324,5 +313,5 @@ print(f"accuracy of what was read: {float((there.argmax(-1) == test_labels).mean
 # For the packed files of the command line's own runs there is `python -m experiments export`, which also
 # writes ONNX and folders for a model hub:
 # [docs/experiments.md](https://github.com/stam-jax/stam_jax/blob/main/docs/experiments.md). More on
-# quantisers and relaxations, with the methods they make up, is in
+# quantizers and relaxations, with the methods they make up, is in
 # [docs/methods.md](https://github.com/stam-jax/stam_jax/blob/main/docs/methods.md).

@@ -29,7 +29,7 @@ def groups(shape: tuple[int, ...], axis: Axis) -> list[list[tuple[int, ...]]]:
     return list(sharing.values())
 
 
-def project(v: Array, axis: Axis = -1, *, scale: float | None = None) -> Array:
+def project(v: Any, axis: Axis = -1, *, scale: float | None = None) -> Array:
     """alpha * sign(v), alpha = mean |v| of the group, or the scale that is given, and sign(0) = +1."""
     v = np.asarray(v, np.float64)
     y = np.empty(v.shape)

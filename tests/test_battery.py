@@ -114,7 +114,7 @@ def test_it_finds_the_planted_signs(method):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_what_is_not_quantized_takes_the_step_of_the_optimizer_exactly(method, dtype):
     cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
-    optimizer = optax.adamw(0.05, weight_decay=0.1)
+    optimizer = optax.chain(optax.add_decayed_weights(0.1), MOMENTUM)
     params, _ = steps(method(optimizer), cast(NOISE[:3]), cast(START))
     alone, _ = steps(
         optimizer, cast([{"bias": noise["bias"]} for noise in NOISE[:3]]), {"bias": cast(START)["bias"]}

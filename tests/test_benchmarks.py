@@ -126,8 +126,17 @@ def test_a_run_whose_signs_are_looked_at_is_that_of_the_experiments(tmp_path):
     run = flips.Run(trainer, 1, lambda: None)
     for _ in range(trainer.steps):
         run.take()
-    hard = stam_jax.hard_params(expected.opt_state, expected.params)
-    chex.assert_trees_all_equal(run.hard(), hard)
+    chex.assert_trees_all_equal(run.quantized(), stam_jax.quantize(expected.params, trainer.quantizer))
+
+
+def test_layers_are_chosen_one_by_one_and_are_those_that_are_quantized():
+    params = {"body": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}, "head": {"kernel": np.ones((3, 2))}}
+    nothing = {"body": {"kernel": False, "bias": False}, "head": {"kernel": False}}
+    body = nothing | {"body": {"kernel": True, "bias": False}}
+    head = nothing | {"head": {"kernel": True}}
+    binary = stam_jax.Binary()
+    assert flips.layers(params, binary) == {"body/kernel": body, "head/kernel": head}
+    assert flips.layers(params, {"head": None, "*": binary}) == {"body/kernel": body}
 
 
 @pytest.mark.slow

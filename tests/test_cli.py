@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import stam_jax
-from experiments import data, grid, inference, stored
+from experiments import data, grid, inference, optimizers, stored
 from experiments.cli import main
+from experiments.config import TrainSettings
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--epochs", "2", "--width", "0.125", "--batch-size", "128")
@@ -175,7 +176,8 @@ def test_evaluate_says_when_a_file_does_not_do_as_it_did(comparison, tmp_path, c
         (["train", "--dataset", "imagenet"], '"digits"'),
         (["train", "--methd", "stam"], "Did you mean --method?"),
         (["train", "--batch-size", "5000"], "--batch-size: 5000 images are more than the 1197"),
-        (["train", "--exclude", "nowhere/*"], "'nowhere/*' matches no leaf"),
+        (["train", "--exclude", "nowhere/*"], "--exclude: "),
+        (["train", "--exclude", "last"], "--exclude: "),
         (["train", "--config", "missing.json"], "--config: cannot read missing.json"),
         (["compare", "--methods", "stam", "stam"], "--methods: give at least one, and none twice"),
         (["compare", "--methods", "all", "stam"], '"all" stands alone'),
@@ -190,7 +192,7 @@ def test_evaluate_says_when_a_file_does_not_do_as_it_did(comparison, tmp_path, c
         (["train", "--own.part.learning-rate", "0.1"], "--own: there is no method 'part'; choose"),
         (["train", "--own.stam.learning-rate", "0"], "--own.stam: Invalid value"),
         (["compare", "--own.stam.part", "1"], "--own.stam: Unknown option"),
-        (["table", "--own.parq.pull", "1", "--methods", "stam", "parq"], "--pull: only with --method stam"),
+        (["table", "--own.parq.inertia", "1", "--methods", "stam", "parq"], "--inertia: only with --method"),
         (["compare", "--own.stam.seed", "1"], "--own.stam: seed cannot be a method's own"),
         (["train", "--resume"], "--output: name the folder"),
         (["train", "--coordinator", "localhost:1"], "give --processes and --process as well"),
@@ -198,7 +200,8 @@ def test_evaluate_says_when_a_file_does_not_do_as_it_did(comparison, tmp_path, c
         (["table", "--models", "resnet8", "resnet8"], "--models: give at least one, and none twice"),
         (["prepare", "digits"], "digits needs no preparation"),
         (["train", "--seed", "4294967296"], '"4294967296" for --seed'),
-        (["train", "--exclude", "*kernel"], "leaves no kernel binary"),
+        (["train", "--exclude", "*kernel"], "--exclude: "),
+        (["train", "--pull", "0.01"], "--pull"),
         (["evaluate", "missing"], "missing is not the folder of a run"),
         (["evaluate"], "requires an argument"),
         (["report", "missing.md"], "There is no page missing.md"),
@@ -265,15 +268,17 @@ def test_a_run_without_packed_networks_cannot_be_evaluated(comparison, capsys):
     assert "its runs are of the float network, or did not finish" in capsys.readouterr().err
 
 
-def test_inspect_proves_that_every_kernel_holds_two_values_per_channel(comparison, capsys):
+def test_inspect_shows_that_every_kernel_is_packed_with_a_scale_per_channel(comparison, capsys):
     folder, _ = comparison
     assert main(["inspect", str(folder / "stam-seed0" / "packed.safetensors")]) == 0
     out = capsys.readouterr().out
     kernels = [line.split() for line in out.splitlines() if "/kernel " in line]
     assert len(kernels) == 10
     for line in kernels:
-        _, shape, bits, groups, values, *_, why = line
-        assert (bits, groups, values, why) == ("1", shape.split("x")[-1], "2", "channel")
+        _, shape, quantizer, scales, _, gap, why = line
+        assert (quantizer, scales, gap, why) == ("Binary(axis=-1)", shape.split("x")[-1], "0", "packed")
+    others = [line.split() for line in out.splitlines() if line.startswith(("params/", "stats/"))]
+    assert {line[2] for line in others if "/kernel" not in line[0]} == {"-"}
     assert "method stam, seed 0, test_accuracy" in out
 
 
@@ -338,6 +343,57 @@ def test_divergence_and_interrupts_have_exit_codes_of_their_own(tmp_path, monkey
     monkeypatch.setattr("experiments.compare.train", interrupted)
     assert main(["train", *TINY]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_inspect_shows_kernels_that_stay_in_float_as_such(comparison, tmp_path, capsys):
+    folder, _ = comparison
+    leaves = stam_jax.load_packed(network_file(folder))
+    leaves["params/head/kernel"] = np.asarray(leaves["params/head/kernel"].unpack())
+    stam_jax.save_packed(tmp_path / "mixed", leaves)
+    assert main(["inspect", str(tmp_path / "mixed")]) == 0
+    (line,) = (line.split() for line in capsys.readouterr().out.splitlines() if "head/kernel" in line)
+    assert line[2:4] == ["-", "-"]
+
+
+def test_inspect_refuses_a_file_in_which_nothing_is_packed(tmp_path, capsys):
+    stam_jax.save_packed(tmp_path / "bare", {"bias": np.zeros(3, np.float32)})
+    assert main(["inspect", str(tmp_path / "bare")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+KEPT = ROOT / "experiments" / "results"
+
+
+def quantizers_of(settings: TrainSettings) -> Any:
+    """What is quantized by some settings, on a network as small as may be."""
+    images = data.load("digits")
+    _, params, _ = stored.abstract(settings.model, images, 0.01, "float32")
+    return optimizers.choose(params, settings)
+
+
+@pytest.mark.parametrize("config", sorted(KEPT.glob("*/config.json")), ids=lambda path: path.parent.name)
+def test_the_command_of_every_kept_comparison_is_one_of_this_version(config, monkeypatch):
+    given = []
+    take = lambda settings, *rest, **options: given.append(settings)
+    monkeypatch.setattr("experiments.compare.compare", take)
+    assert main(["compare", "--config", str(config)]) == 0
+    values = json.loads(config.read_text())
+    assert given[0].as_dict()["own"] == values["own"]
+    for method in given[0].chosen():
+        assert quantizers_of(given[0].run(method, 0).settled())
+
+
+def test_the_config_of_a_kept_run_is_refused_where_it_did_what_this_version_cannot(monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(
+        "experiments.compare.train", lambda settings, *rest, **options: given.append(settings)
+    )
+    plain = KEPT / "pull" / "hard_from=0.5,pull=0-seed1" / "config.json"
+    assert main(["train", "--config", str(plain)]) == 0
+    assert (given[0].hard_from, given[0].inertia, given[0].seed) == (0.5, 1.0, 1)
+    assert main(["train", "--config", str(plain).replace("pull=0-", "pull=0.01-")]) == 2
+    assert "pull" in capsys.readouterr().err
+    assert len(given) == 1
 
 
 def test_options_win_over_the_config(tmp_path, monkeypatch, capsys):

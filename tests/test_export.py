@@ -32,9 +32,9 @@ ACCURACY = 0.8125
 
 # Networks of every part there is: convolutions, pools, both shortcuts, each kind of scale, a float head.
 NETWORKS: dict[str, dict[str, Any]] = {
-    "vgg11": {"width": 0.125, "scale": "tensor"},
+    "vgg11": {"width": 0.125, "quantizer": stam_jax.Binary(axis=())},
     "resnet8": {"width": 0.5},
-    "resnet20": {"width": 0.25, "scale": None, "exclude": ("last",)},
+    "resnet20": {"width": 0.25, "quantizer": stam_jax.Binary(scale=1.0), "exclude": ("head",)},
     "bfloat16": {"model": "resnet8", "width": 0.25, "precision": "bfloat16"},
 }
 
@@ -42,12 +42,13 @@ NETWORKS: dict[str, dict[str, Any]] = {
 def filled(shapes: Any, quantizer: Any, exclude: tuple[str, ...]) -> Any:
     """Weights and statistics from NumPy, which need no training; kernels are packed."""
     draws = np.random.default_rng(0)
-    packed = {row.path for row in stam_jax.select(shapes["params"], exclude=exclude).rows if row.quantized}
+    quantizers = dict.fromkeys(exclude) | {"*": quantizer}
+    rows = {row.path: row.quantizer for row in stam_jax.tabulate(shapes["params"], quantizers).rows}
 
     def fill(path: Any, leaf: Any) -> Any:
         name = "/".join(str(key.key) for key in path)
-        if name.removeprefix("params/") in packed:
-            return random_bits(leaf.shape, quantizer, draws)
+        if name.startswith("params/") and (chosen := rows[name.removeprefix("params/")]):
+            return random_bits(leaf.shape, chosen, draws)
         spread = "var" in name or "scale" in name
         return (draws.uniform(0.5, 1.5, leaf.shape) if spread else draws.normal(size=leaf.shape) / 10).astype(
             np.float32
@@ -58,13 +59,14 @@ def filled(shapes: Any, quantizer: Any, exclude: tuple[str, ...]) -> Any:
 
 def random_bits(shape: tuple[int, ...], quantizer: Any, draws: np.random.Generator) -> stam_jax.Packed:
     """Random codes below 3 or 2, and scales that keep the size of the features."""
-    codes = draws.integers(0, min(3, 2**quantizer.bits), shape, np.uint8)
-    flags = codes[..., None] >> np.arange(quantizer.bits, dtype=np.uint8) & 1
+    bits = 1 if isinstance(quantizer, stam_jax.Binary) else 2
+    codes = draws.integers(0, min(3, 2**bits), shape, np.uint8)
+    flags = codes[..., None] >> np.arange(bits, dtype=np.uint8) & 1
     scales = jax.eval_shape(quantizer.scales, jax.ShapeDtypeStruct(shape, np.float32))
     size = np.sqrt(2 / math.prod(shape[:-1])) * draws.uniform(0.5, 1.5, scales.shape)
     return stam_jax.Packed(
         codes=np.packbits(flags.reshape(*shape[:-1], -1), axis=-1, bitorder="little"),
-        scales=(size if quantizer.scale else np.ones(scales.shape)).astype(np.float32),
+        scales=(np.ones(scales.shape) if quantizer.scale else size).astype(np.float32),
         shape=shape,
         dtype=np.dtype(np.float32),
         quantizer=quantizer,
@@ -75,18 +77,17 @@ def save(
     path: Path,
     *,
     width: float = 0.25,
-    scale: Any = "channel",
     model: Any = "resnet8",
     exclude: tuple[str, ...] = (),
     precision: Any = "float32",
     dataset: Any = "digits",
-    quantizer: Any = None,
+    quantizer: Any = stam_jax.Binary(),
 ) -> Path:
     """The packed file of a network with random weights."""
     images = data.load("digits")
     _, params, stats = stored.abstract(model, images, width, precision)
-    tree = filled({"params": params, "stats": stats}, quantizer or stam_jax.Binary(scale=scale), exclude)
-    if scale is None:  # Weights of +-1 make large features.
+    tree = filled({"params": params, "stats": stats}, quantizer, exclude)
+    if quantizer.scale:  # Weights of +-1 make large features.
         tree["stats"] = jax.tree.map(lambda x: 50 * np.abs(x), tree["stats"])
     settings = TrainSettings(model=model, width=width, precision=precision, dataset=dataset, seed=3)
     stored.save(path, tree["params"], tree["stats"], settings=settings, images=images, accuracy=ACCURACY)
@@ -332,7 +333,7 @@ def test_a_prepared_set_is_read_and_must_have_images_like_those_of_training(tmp_
 
 
 def test_weights_that_onnx_does_not_unpack_are_refused_and_other_forms_take_them(digits, tmp_path, capsys):
-    for quantizer in (stam_jax.Binary(scale="group", group=1), stam_jax.Ternary()):
+    for quantizer in (stam_jax.Binary(group=2, group_axis=-2), stam_jax.Ternary()):
         path = save(tmp_path / "network.safetensors", quantizer=quantizer)
         assert export_to("onnx", path, tmp_path / "network.onnx") == 2
         assert "only binary weights with a scale per channel or layer" in capsys.readouterr().err
@@ -374,7 +375,7 @@ def test_a_folder_holds_the_packed_file_as_it_is_and_a_config(folder, files):
     assert config == {
         "library_name": "stam_jax",
         "library_version": stam_jax.__version__,
-        "format_version": 1,
+        "format_version": 2,
         "architecture": "resnet20",
         "width": 0.25,
         "precision": "float32",
@@ -384,7 +385,9 @@ def test_a_folder_holds_the_packed_file_as_it_is_and_a_config(folder, files):
         "deviation": list(images.deviation),
         "id2label": {str(i): str(i) for i in range(10)},
         "label2id": {str(i): i for i in range(10)},
-        "quantizers": [{"name": "Binary", "bits": 1, "scale": None, "axis": -1, "group": None}],
+        "quantizers": [
+            {"name": "Binary", "bits": 1, "scale": 1.0, "axis": -1, "group": None, "group_axis": None}
+        ],
         "dataset": "digits",
         "method": "stam",
         "seed": 3,

@@ -24,7 +24,7 @@ def network(name: ModelName, quantizer: Any, **options: Any) -> tuple[Any, dict[
         leaf if leaf.ndim > 1 else leaf + jnp.asarray(draws.uniform(0.1, 1, leaf.shape), jnp.float32)
     )
     params, stats = jax.tree.map(noisy, params), jax.tree.map(noisy, stats)
-    packed = stam_jax.pack(stam_jax.stam(0.1, quantizer=quantizer).init(params), params)
+    packed = stam_jax.pack(stam_jax.quantize(params, quantizer), quantizer)
     return graph, {"params": packed, "stats": stats}
 
 
@@ -56,17 +56,17 @@ def test_signs_take_the_place_of_scaled_weights_and_statistics_go():
     np.testing.assert_array_equal(kernel.codes, tree["params"]["blocks"][0]["first"]["conv"]["kernel"].codes)
     assert not np.any(folded["stats"]["stem"]["norm"]["mean"])
     # The head has no batch norm: its scales stay.
-    assert folded["params"]["head"]["kernel"].quantizer == Binary()
+    assert folded["params"]["head"]["kernel"].quantizer == Binary(axis=-1)
 
 
-@pytest.mark.parametrize("quantizer", [Binary(scale="group", group=1), Binary(axis=0), Ternary()], ids=repr)
+@pytest.mark.parametrize("quantizer", [Binary(axis=(0, 1, -1)), Binary(axis=0), Ternary()], ids=repr)
 def test_kernels_with_other_scales_stay_as_they_are(quantizer):
     _, tree = network("resnet8", quantizer)
     before, after = packed_leaves(tree), packed_leaves(fold(tree))
     assert [leaf.quantizer for leaf in after] == [leaf.quantizer for leaf in before]
 
 
-@pytest.mark.parametrize("quantizer", [Binary(scale="tensor"), Binary(scale=None)], ids=repr)
+@pytest.mark.parametrize("quantizer", [Binary(axis=()), Binary(scale=1.0)], ids=repr)
 def test_scales_of_whole_kernels_are_folded_too(quantizer):
     graph, tree = network("resnet8", quantizer)
     images = data.load("digits").test.images[:8]
@@ -74,4 +74,4 @@ def test_scales_of_whole_kernels_are_folded_too(quantizer):
         np.asarray(stored.apply(graph, each, jnp.asarray(images))) for each in (tree, fold(tree))
     )
     np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5 * np.max(np.abs(before)))
-    assert {leaf.quantizer for leaf in packed_leaves(fold(tree)["params"]["blocks"])} == {Binary(scale=None)}
+    assert {leaf.quantizer for leaf in packed_leaves(fold(tree)["params"]["blocks"])} == {Binary(scale=1.0)}

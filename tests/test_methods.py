@@ -175,7 +175,7 @@ def test_bop_is_the_published_iteration(momentum, adaptivity):
 
 @pytest.mark.usefixtures("x64")
 def test_the_optimizer_of_bop_moves_the_other_leaves_alone():
-    settings = {"adaptivity": 0.1, "threshold": 0.01}
+    settings: dict[str, Any] = {"adaptivity": 0.1, "threshold": 0.01}
     by_adam, _ = helpers.train(bop(optax.adamw(0.1), **settings), PROBLEM._replace(inputs=0 * PROBLEM.inputs))
     by_sgd, _ = helpers.train(bop(optax.sgd(0.1), **settings), PROBLEM._replace(inputs=0 * PROBLEM.inputs))
     assert np.any(by_adam["bias"] != by_sgd["bias"])

@@ -1,4 +1,4 @@
-"""Each prox against its definition, by minimising on a fine grid."""
+"""Each prox against its definition, by minimizing on a fine grid."""
 
 import math
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stam_jax import L1, Box, GroupLasso, Ridge
+from stam_jax.regularizers import L1, Box, GroupLasso, Ridge
 
 WEIGHT = st.floats(-3, 3)
 STEP = st.floats(0.01, 20)
@@ -28,7 +28,7 @@ every_kind = pytest.mark.parametrize(
 @pytest.mark.usefixtures("x64")
 @every_kind
 @given(v=WEIGHT, step=STEP, size=SIZE)
-def test_the_prox_minimises_its_objective(kind, penalty, v, step, size):
+def test_the_prox_minimizes_its_objective(kind, penalty, v, step, size):
     values = penalty(GRID, size) + (GRID - v) ** 2 / (2 * step)
     np.testing.assert_allclose(kind(size).prox(jnp.asarray(v), step), GRID[np.argmin(values)], atol=2e-4)
 

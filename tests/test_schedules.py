@@ -47,39 +47,52 @@ def test_the_inverse_slope_falls_along_a_sigmoid_from_one_to_zero(steepness):
     assert values[40] == pytest.approx(0.5)
 
 
-@pytest.mark.usefixtures("x64")
-def test_inertia_falls_short_of_one_in_proportion_to_a_small_step_size_and_stays_above_zero():
-    rate = lambda k: 0.1 / (k + 1.0)
-    inertia = values_of(schedules.inertia(rate, pull=0.5), range(20))
-    np.testing.assert_allclose(1 / inertia - 1, [0.05 / (k + 1) for k in range(20)], rtol=1e-10)
-    # What is a number stays one, known before anything is traced.
-    given: list[Any] = [schedules.inertia(eta, pull=0.5) for eta in (0, 2.0, 6, 1e9)]
-    assert given[:3] == [1, 0.5, 0.25]
-    assert 0 < given[3] < 1e-8
-    assert {type(kappa) for kappa in given} == {float}
-    assert jax.jit(lambda eta: schedules.inertia(eta, pull=0.5))(2.0) == 0.5
+@pytest.mark.parametrize("hard_from", [0, 7, 2**24, 2**24 + 1])
+def test_what_ends_is_at_its_end_exactly_from_the_step_that_is_named(hard_from):
+    # Not every whole number above 2^24 is one of float32.
+    counts = [k for k in (hard_from - 1, hard_from, hard_from + 1, 2 * hard_from + 9) if k >= 0]
+    for start in {0, hard_from // 2, hard_from}:
+        theta = values_of(schedules.linear_to_hard(hard_from, start=start), counts)
+        slope = values_of(schedules.sigmoid_inverse_slope(hard_from, start=start), counts)
+        np.testing.assert_array_equal(theta[-3:], 1)
+        np.testing.assert_array_equal(slope[-3:], 0)
+        if hard_from == 7:
+            np.testing.assert_array_less([theta[0], 0], [1, slope[0]])
 
 
-@pytest.mark.usefixtures("x64")
-def test_inertia_is_that_of_a_proximal_step_towards_the_relaxed_weights():
-    eta, pull, w, x = 0.3, 2.0, 1.7, -0.4
-    kappa: Any = schedules.inertia(eta, pull=pull)
-    v = x + kappa * (w - x)
-    # At the minimum of (v - w)^2 / (2 eta) + pull (v - x)^2 / 2 the slope is 0.
-    assert (v - w) / eta + pull * (v - x) == pytest.approx(0, abs=1e-12)
+def test_a_span_of_no_length_is_a_jump():
+    np.testing.assert_array_equal(
+        values_of(schedules.linear_to_hard(5, start=5), range(8)), [0] * 5 + [1] * 3
+    )
+    slope = values_of(schedules.sigmoid_inverse_slope(5, start=5), range(8))
+    np.testing.assert_allclose(slope, [1] * 5 + [0] * 3, rtol=1e-6)
+
+
+def test_a_span_may_be_traced():
+    at = jax.jit(lambda hard_from, start, k: schedules.linear_to_hard(hard_from, start=start)(k))
+    np.testing.assert_allclose([at(60, 20, k) for k in (10, 30, 70)], [0, 0.25, 1], rtol=1e-6)
+    at = jax.jit(lambda hard_from, k: schedules.sigmoid_inverse_slope(hard_from)(k))
+    np.testing.assert_allclose([at(60, k) for k in (0, 30, 60)], [1, 0.5, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("start", [0, 0.0, 1e-3, 1.0])
+def test_growth_without_bounds_is_no_error_where_nan_is_one(start):
+    with jax.debug_nans(True):
+        schedule: Any = schedules.geometric(start, growth=10.0)
+        ends = [float(schedule(k)) for k in (1, 5000)]
+    assert ends == [pytest.approx(10 * start), math.inf if start else 0.0]
 
 
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: schedules.inertia(-0.1), r"inertia: learning_rate .*-0\.1"),
-        (lambda: schedules.inertia(0.1, pull=-1.0), r"inertia: pull .*-1\.0"),
         (lambda: schedules.geometric(-1.0, growth=2.0), r"geometric: start .*-1\.0"),
         (lambda: schedules.geometric(1.0, growth=-2.0), r"geometric: growth .*-2\.0"),
         (lambda: schedules.geometric(1.0, growth=2.0, every=0), r"geometric: every .*0"),
-        (lambda: schedules.linear_to_hard(0), r"linear_to_hard: start must be below hard_from; got 0 and 0"),
+        (lambda: schedules.linear_to_hard(5, start=6), r"linear_to_hard: start must be at most hard_from"),
+        (lambda: schedules.linear_to_hard(-1), r"linear_to_hard: hard_from .*-1"),
         (lambda: schedules.linear_to_hard(5, start=-1), r"linear_to_hard: start .*-1"),
-        (lambda: schedules.sigmoid_inverse_slope(5, start=9), r"start must be below hard_from; got 9 and 5"),
+        (lambda: schedules.sigmoid_inverse_slope(5, start=9), r"start must be at most hard_from"),
         (lambda: schedules.sigmoid_inverse_slope(5, steepness=math.nan), r"steepness .*nan"),
     ],
 )

@@ -62,7 +62,8 @@ CLASSES = sorted(path for path, thing in PUBLIC.items() if isinstance(thing, typ
 def described(docstring: str) -> set[str]:
     """The parameters that a docstring's section Args describes."""
     _, _, rest = docstring.partition("\nArgs:\n")
-    return set(re.findall(r"^    (\w+): ", rest.split("\n\n")[0], flags=re.MULTILINE))
+    section = re.split(r"^\S", rest, maxsplit=1, flags=re.MULTILINE)[0]
+    return set(re.findall(r"^    (\w+): ", section, flags=re.MULTILINE))
 
 
 def test_the_reference_shows_every_public_name_once():

@@ -282,9 +282,8 @@ def test_a_hard_network_differs_from_its_projection_by_the_rounding_of_the_updat
     old, state = params, optimizer.init(params)
     for _ in range(5):
         old, (params, state) = params, helpers.take_step(optimizer, GRADIENTS, state, params)
-    # What is shipped is the projection of the latent weights too.
-    w = np.float64(params["kernel"])
-    x, y, before = w, reference.project(w), np.float64(old["kernel"])
+    x, before = np.float64(params["kernel"]), np.float64(old["kernel"])
+    y = reference.project(x)
     # The update rounds once, its sum with the old weight once more, and the mean of the result is off as far.
     ulp = float(jnp.finfo(dtype).eps)
     assert np.all(np.abs(x - y) <= 2 * ulp * (np.abs(y - before) + np.abs(y)))
@@ -478,6 +477,12 @@ def test_updates_far_below_an_ulp_of_bfloat16_add_up():
 
 # Transformations of JAX.
 
+# An optimizer whose state is the weights that it is given.
+KEEPER = optax.GradientTransformation(
+    lambda params: {"kernel": cast(Any, params)["kernel"]},
+    lambda updates, state, params=None: (jax.tree.map(lambda g: -0.1 * g, updates), state),
+)
+
 
 @pytest.mark.parametrize(
     "optimizer",
@@ -485,7 +490,9 @@ def test_updates_far_below_an_ulp_of_bfloat16_add_up():
         pytest.param(stam_proximal(ETA, 1.0), id="proximal"),
         pytest.param(stam(optax.adam(ETA), hard_from=5), id="stam"),
         pytest.param(stam(optax.contrib.schedule_free_adamw(ETA), hard_from=5), id="schedule_free"),
+        pytest.param(stam(KEEPER, hard_from=5), id="keeper"),
         pytest.param(admm_quant(SGD, penalty=1.0, dual_every=1, hard_from=9), id="admm_quant"),
+        pytest.param(admm_quant(KEEPER, penalty=1.0, dual_every=1, hard_from=9), id="admm_quant keeper"),
         pytest.param(bop(SGD), id="bop"),
     ],
 )

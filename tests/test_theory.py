@@ -238,7 +238,7 @@ def test_the_iteration_can_be_told_in_x_alone(kappa, project):
     assert flips > 0 or kappa < 0.9
 
 
-# Quantizers whose projection is the nearest point of their set, but for rounding; and those whose square of the
+# Quantizers whose projection is the nearest point of their set, but for rounding; and those whose squared
 # distance may exceed the least one by a share of |w|^2.
 EXACT = {
     "binary per channel": Binary(),
@@ -413,7 +413,7 @@ def test_flip_work_may_leave_less_than_nothing_to_fall_and_a_step_size_needs_som
 
 @pytest.mark.usefixtures("x64")
 def test_noise_in_weights_that_are_not_quantized_has_a_share_of_its_own():
-    """A quantized weight hardly moves beside one that is not: without that share the bound would be broken."""
+    """A quantized weight hardly moves beside one that is not: without that share the bound would break."""
     rho, float_noise, steps = 79.0, 0.05, 5000
     hessian = jnp.array([[-0.64, 0.7], [0.7, 1.4]])
     smoothness = float(np.max(np.abs(np.linalg.eigvalsh(hessian))))

@@ -179,12 +179,12 @@ def test_a_warm_start_begins_at_the_weights_of_a_run(trainer, whole):
 
 
 def test_a_method_has_its_own_settings_in_the_place_of_those_for_all():
-    own = {"parq": {"learning-rate": ["0.3"], "decay_from": ["0.5"]}, "stam": {"exclude": ["first", "last"]}}
+    own = {"parq": {"learning-rate": ["0.3"], "decay_from": ["0.5"]}, "stam": {"exclude": ["stem", "head"]}}
     settings = CompareSettings(learning_rate=0.05, own=own)
     settled = settings.run("parq", 0).settled()
     assert settled == TrainSettings(method="parq", learning_rate=0.3, decay_from=0.5)
     assert settled.settled() == settled
-    expected = TrainSettings(method="stam", learning_rate=0.05, exclude=("first", "last"), seed=2)
+    expected = TrainSettings(method="stam", learning_rate=0.05, exclude=("stem", "head"), seed=2)
     assert settings.run("stam", 2).settled() == expected
     assert settings.run("float", 0).settled() == TrainSettings(method="float", learning_rate=0.05)
 
@@ -317,6 +317,9 @@ def test_resuming_with_other_settings_says_which(whole, tmp_path, monkeypatch, c
     runs.write_json(Path("run/config.json"), TINY.as_dict())
     assert main(["train", "--resume", "--output", "run", "--width", "0.125", "--batch-size", "128"]) == 2
     assert "epochs was 3, and is 40 now" in capsys.readouterr().err
+    runs.write_json(Path("run/config.json"), TrainSettings().as_dict() | {"box": None, "pull": 0.01})
+    assert main(["train", "--resume", "--output", "run"]) == 2
+    assert "pull was 0.01, and is no setting now" in capsys.readouterr().err
     Path("run/config.json").write_text("")
     assert main(["train", "--resume", "--output", "run"]) == 2
     assert "cannot read run/config.json" in capsys.readouterr().err

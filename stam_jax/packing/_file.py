@@ -278,6 +278,7 @@ def _in_shape_of(like: Any, leaves: dict[str, Any], path: Path) -> Any:
         if name not in leaves or name not in wanted:
             where = "like has but the file lacks" if name not in leaves else "the file has but like lacks"
             raise ValueError(f"{path}: there is a leaf {name!r} that {where}.")
+    for name in wanted:
         other = wanted[name] if hasattr(wanted[name], "shape") else np.asarray(wanted[name])
         mine, theirs = (f"{np.dtype(x.dtype)}{list(x.shape)}" for x in (leaves[name], other))
         if mine != theirs:

@@ -1,0 +1,168 @@
+"""Networks for digits, trained by many an Optax optimizer in `stam`: binary ones against their float twins."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn.datasets import load_digits
+
+from stam_jax import quantize, stam
+from tests import helpers
+
+STEPS, HARD_FROM, BATCH, SEEDS, TRAINED = 300, 225, 64, 3, 1347
+WIDTHS = (64, 256, 256, 10)
+POINTS = 1.5
+
+
+class Images(NamedTuple):
+    images: jax.Array
+    labels: jax.Array
+
+
+@functools.cache
+def digits() -> tuple[Images, Images]:
+    """The training images and the held-out ones, standardized."""
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(images))
+    images, labels = images[order], labels[order]
+    images = (images - np.mean(images[:TRAINED])) / np.std(images[:TRAINED])
+    part = lambda rows: Images(jnp.asarray(images[rows], jnp.float32), jnp.asarray(labels[rows]))
+    return part(slice(0, TRAINED)), part(slice(TRAINED, None))
+
+
+def begin(key: jax.Array) -> Any:
+    """The parameters of a network that is dense throughout, all its kernels quantized, the last too."""
+    layers = enumerate(zip(WIDTHS, WIDTHS[1:], strict=False))
+    return {
+        f"layer{i}": {
+            "kernel": jax.random.normal(jax.random.fold_in(key, i), shape) * np.sqrt(2 / shape[0]),
+            "bias": jnp.zeros(shape[1]),
+        }
+        for i, shape in layers
+    }
+
+
+def outputs(params: Any, images: jax.Array) -> jax.Array:
+    *hidden, last = (params[name] for name in sorted(params))
+    for layer in hidden:
+        images = jax.nn.relu(images @ layer["kernel"] + layer["bias"])
+    return images @ last["kernel"] + last["bias"]
+
+
+def loss(params: Any, data: Images) -> jax.Array:
+    logits = outputs(params, data.images)
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, data.labels))
+
+
+def accuracy(params: Any) -> float:
+    """Of the held-out images, in percent."""
+    _, held_out = digits()
+    return 100 * float(np.mean(np.argmax(outputs(params, held_out.images), axis=-1) == held_out.labels))
+
+
+def train(optimizer: optax.GradientTransformation, seeds: int = SEEDS, steps: int = STEPS) -> list[Any]:
+    """Parameters and state at the end, for each seed."""
+    data, _ = digits()
+
+    def step(carry: Any, key: jax.Array) -> Any:
+        params, state = carry
+        rows = jax.random.randint(key, (BATCH,), 0, TRAINED)
+        gradients = jax.grad(loss)(params, Images(data.images[rows], data.labels[rows]))
+        return helpers.take_step(optimizer, gradients, state, params), None
+
+    @jax.jit
+    def run(key: jax.Array) -> Any:
+        params = begin(key)
+        keys = jax.random.split(jax.random.fold_in(key, len(WIDTHS)), steps)
+        return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0]
+
+    return [run(jax.random.key(seed)) for seed in range(seeds)]
+
+
+class Recipe(NamedTuple):
+    """An optimizer, and the inertia that goes with the size of its steps."""
+
+    optimizer: optax.GradientTransformation
+    inertia: float
+
+
+def falling(learning_rate: float) -> optax.Schedule:
+    return optax.linear_schedule(learning_rate, 0.0, STEPS)
+
+
+RECIPES = {
+    "sgd": Recipe(optax.sgd(falling(0.1), momentum=0.9), 0.999),
+    "adam": Recipe(optax.adam(falling(2e-3)), 0.9999),
+    "adamw": Recipe(optax.adamw(falling(2e-3)), 0.9999),
+    "lion": Recipe(optax.lion(falling(5e-4)), 0.9999),
+    "adafactor": Recipe(optax.adafactor(falling(1e-2)), 0.9999),
+    "lamb": Recipe(optax.lamb(falling(1e-2)), 0.9999),
+    # Its average is of the latent weights as the optimizer has moved them: nothing should pull at those.
+    "schedule_free_adamw": Recipe(optax.contrib.schedule_free_adamw(4e-3, warmup_steps=STEPS // 10), 1.0),
+    "muon": Recipe(optax.contrib.muon(falling(1e-2)), 0.9999),
+}
+FAST = ("sgd", "adamw")
+
+
+def marked(*names: str) -> Any:
+    marks = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in names]
+    return pytest.mark.parametrize("name", marks)
+
+
+@functools.cache
+def float_accuracies(name: str) -> tuple[float, float]:
+    """Of the float twin, which has the same steps, and of the same once its weights are rounded to binary."""
+    runs = train(RECIPES[name].optimizer)
+    evaluated = [
+        optax.contrib.schedule_free_eval_params(state, params) if name.startswith("schedule_free") else params
+        for params, state in runs
+    ]
+    return np.mean([(accuracy(p), accuracy(quantize(p))) for p in evaluated], axis=0)
+
+
+def assert_binary_as_good_as_float(name: str, optimizer: optax.GradientTransformation) -> None:
+    binary = [quantize(params) for params, _ in train(optimizer)]
+    for params in binary:
+        for layer in params.values():
+            assert np.all(np.isclose(np.abs(layer["kernel"]), np.max(np.abs(layer["kernel"]), axis=0)))
+    as_float, rounded = float_accuracies(name)
+    found = np.mean([accuracy(params) for params in binary])
+    assert as_float > 97
+    assert found > as_float - POINTS
+    assert rounded < as_float - 2 * POINTS  # Without training for it there is no binary network.
+
+
+@marked(*RECIPES)
+def test_a_binary_network_is_as_good_as_its_float_twin_by_any_optimizer(name):
+    recipe = RECIPES[name]
+    optimizer = stam(recipe.optimizer, hard_from=HARD_FROM, inertia=recipe.inertia)
+    assert_binary_as_good_as_float(name, optimizer)
+
+
+@marked("sgd", "adam", "adamw")
+def test_so_it_is_with_stam_behind_the_optimizer(name):
+    recipe = RECIPES[name]
+    optimizer = optax.chain(recipe.optimizer, stam(hard_from=HARD_FROM, inertia=recipe.inertia))
+    assert_binary_as_good_as_float(name, optimizer)
+
+
+DOCUMENTED = {
+    "around": stam(optax.adamw(1e-3), hard_from=90),
+    "behind": optax.chain(optax.sgd(0.1), stam(hard_from=90)),
+    "behind more": optax.chain(
+        optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9), stam(hard_from=90)
+    ),
+}
+
+
+@pytest.mark.parametrize("form", DOCUMENTED)
+def test_the_forms_that_the_documentation_names_train(form):
+    data, _ = digits()
+    ((params, _),) = train(DOCUMENTED[form], seeds=1, steps=120)
+    np.testing.assert_allclose(quantize(params)["layer0"]["kernel"], params["layer0"]["kernel"], rtol=1e-5)
+    print(form, loss(quantize(params), data), loss(quantize(begin(jax.random.key(0))), data))
+    assert loss(quantize(params), data) < 0.1 * loss(quantize(begin(jax.random.key(0))), data)

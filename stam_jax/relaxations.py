@@ -234,7 +234,7 @@ class PiecewiseAffine:
 class ScaledTanh:
     r"""Mirror descent's map: smooth steps, for binary weights $x = \alpha \tanh(\beta w/\alpha)$.
 
-    With more levels it is a staircase, the sum over the gaps between neighbours, of half-width $h_k$ around
+    With more levels it is a staircase, the sum over the gaps between neighbors, of half-width $h_k$ around
     $m_k$, of $h_k \tanh(\beta (w - m_k)/h_k)$. $\beta = \infty$ is the hard network, x = y.
 
     Args:

@@ -39,7 +39,7 @@ def geometric(start: float, *, growth: float, every: int = 1) -> optax.Schedule:
         # Whole-number division: a quotient in float32 would be late by a step now and then.
         factor = jnp.power(1.0 * growth, jnp.floor_divide(count, every))
         # The factor may outgrow its type and be infinite, and 0 times that is not 0.
-        return jnp.where(start == 0, 0.0, start * factor)
+        return start * jnp.where(start == 0, 0.0, factor)
 
     return schedule
 

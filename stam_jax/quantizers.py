@@ -349,7 +349,8 @@ class Ternary(_Fitted):
 
     The squared error of the scale exceeds that of the least-squares optimum by at most 5% of $|w|^2$, and on
     normal weights (64 or more per scale) by at most 3% of itself; quantized weights keep theirs. It is found
-    in some twenty passes over the weights, without a sort.
+    in some twenty passes over the weights, without a sort. On the way from normal weights to their projection
+    the projection moves by at most a tenth of itself, where that of `Binary` stays.
 
     Args:
         axis: which weights share a scale, as in `Binary`.

@@ -27,6 +27,7 @@ from stam_jax import (
 from tests import helpers
 from tests.methods import METHODS
 
+rng = np.random.default_rng(0)
 WHOLE, TENSOR, FOUR_BITS = Binary(scale=1.0), Binary(axis=()), Uniform(bits=4)
 
 NETWORK = {
@@ -57,7 +58,7 @@ def quantizers(params: Any, quantizer: Any = Binary()) -> dict[str, Quantizer]:
 
 def has_latent(params: Any, **settings: Any) -> list[str]:
     """The same, as the optimizer has it: the leaves of which it keeps latent weights."""
-    latent = stam(hard_from=1, **settings).init(params).latent
+    latent = helpers.begin(stam(hard_from=1, **settings), params).latent
     return [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, _ in jax.tree.leaves_with_path(latent)
@@ -157,9 +158,6 @@ def test_a_scale_belongs_to_an_output_whichever_axis_the_framework_keeps_outputs
         np.testing.assert_allclose(y[module][name], expected, rtol=1e-6)
     # An axis that is named is the same for all.
     assert {row.scales for row in rows(params, Binary(axis=1)).values()} == {2, 3}
-
-
-rng = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize(
@@ -579,7 +577,7 @@ def test_the_gap_is_the_distance_to_the_quantized_weights_relative_to_the_norm()
     x = rng.normal(size=(5, 7))
     s = np.mean(np.abs(x), axis=0)
     expected = np.linalg.norm(np.where(x >= 0, s, -s) - x) / np.linalg.norm(x)
-    (row,) = tabulate({"kernel": jnp.asarray(x, jnp.float32)}).rows
+    row = rows({"kernel": jnp.asarray(x, jnp.float32)})["kernel"]
     np.testing.assert_allclose(row.gap, expected, rtol=1e-5)
     assert tabulate({"kernel": jnp.zeros((3, 3))}).rows[0].gap == 0
 

@@ -332,7 +332,7 @@ def test_the_state_of_every_method_holds_arrays_and_no_options(name):
 def test_a_train_state_of_linen_goes_through_its_serialization():
     make = lambda: TrainState.create(apply_fn=None, params=START, tx=make_optimizer())
     train_state = make().apply_gradients(grads=jax.tree.map(jnp.cos, START))
-    restored = flax.serialization.from_bytes(make(), flax.serialization.to_bytes(train_state))
+    restored: Any = flax.serialization.from_bytes(make(), flax.serialization.to_bytes(train_state))
     assert restored.step == 1
     jax.tree.map(np.testing.assert_array_equal, restored.opt_state, train_state.opt_state)
     jax.tree.map(np.testing.assert_array_equal, restored.params, train_state.params)

@@ -105,7 +105,7 @@ def check_shipping() -> None:
         expected = quantize(START, quantizer)["kernel"]
         np.testing.assert_allclose(y["kernel"], expected, rtol=1e-6, err_msg=str(quantizer))
         assert jax.typeof(y["kernel"]) == jax.typeof(params["kernel"])
-        assert {row.path: row.gap for row in table.rows}["kernel"] <= 2e-6
+        assert max(row.gap for row in table.rows if row.gap is not None) <= 2e-6
         with jax.set_mesh(mesh):
             again = quantize(y, quantizer)
         np.testing.assert_array_equal(packed["kernel"].unpack(), again["kernel"], err_msg=str(quantizer))

@@ -164,4 +164,4 @@ def test_the_forms_that_the_documentation_names_train(form):
     data, _ = digits()
     ((params, _),) = train(DOCUMENTED[form], seeds=1, steps=120)
     np.testing.assert_allclose(quantize(params)["layer0"]["kernel"], params["layer0"]["kernel"], rtol=1e-5)
-    assert loss(quantize(params), data) < 0.1 * loss(quantize(begin(np.random.default_rng(0))), data)
+    assert loss(quantize(params), data) < 0.15 * loss(quantize(begin(np.random.default_rng(0))), data)

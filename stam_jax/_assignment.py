@@ -18,6 +18,7 @@ Rule = Callable[[str, jax.ShapeDtypeStruct], Quantizer | None]
 Quantizers = Quantizer | Mapping[str, Quantizer | None] | Rule
 
 _WEIGHTS = ("kernel", "weight", "w")
+_OFFSET = re.compile(r"(?<![^/_])(bias|scale)$")
 _NORMALIZATION = re.compile(r"norm(alization)?_?\d*$|^(bn|ln)(_|\d|$)")
 _EMBEDDING = re.compile(r"embed|(^|_)emb(_|\d|$)|^w[tp]e$")
 
@@ -104,11 +105,19 @@ def _fitted(where: str, path: str, assigned: Assigned) -> Assigned:
     problem = None
     if not _is_float(leaf):
         problem = f"it is of dtype {leaf.dtype}, and must be of a floating-point type"
-    elif isinstance(leaf, jax.Array) and getattr(jax.typeof(leaf), "vma", None):
+    elif isinstance(leaf, jax.Array) and _is_shard(leaf):
         problem = "its scales would be those of a shard inside jax.shard_map: put the optimizer outside of it"
     if problem:
         raise ValueError(f"{where}: the leaf {path!r} cannot be quantized: {problem}.")
     return assigned._replace(quantizer=quantizer)
+
+
+def _is_shard(leaf: jax.Array) -> bool:
+    """Whether an array differs between the devices of a `jax.shard_map` around it."""
+    kind: Any = jax.typeof(leaf)
+    # Newer versions of JAX have another name for it.
+    varying = kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", ())
+    return bool(varying)
 
 
 @contextlib.contextmanager
@@ -138,19 +147,23 @@ def _is_float(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _unsuited(leaf: Any) -> str | None:
+def _unsuited(path: str, leaf: Any) -> str | None:
     """Why a leaf is not quantized unless a function says so."""
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         return "not an array"
     if not _is_float(leaf):
         return f"dtype {leaf.dtype}"
-    return f"rank {len(leaf.shape)}" if len(leaf.shape) < 2 else None
+    if len(leaf.shape) < 2:
+        return f"rank {len(leaf.shape)}"
+    # Of attention and of stacked layers these have two axes and more.
+    name = _OFFSET.search(path.lower())
+    return f"name {name[0]!r}" if name else None
 
 
 def _default(path: str, leaf: Any, quantizer: Quantizer | None, rule: str | None = None) -> Assigned:
     """What becomes of a leaf that no pattern names."""
     *modules, name = path.lower().split("/")
-    why = _unsuited(leaf)
+    why = _unsuited(path, leaf)
     if why is None and name not in _WEIGHTS:
         why = f"name {name!r}"
     if why is None and any(map(_NORMALIZATION.search, modules)):
@@ -180,8 +193,8 @@ def _by_patterns(
         if pattern == "*":
             covered = [path for path, leaf in leaves.items() if _default(path, leaf, Binary()).quantizer]
         else:
-            named = [path for path in leaves if _covers(pattern, path)]
-            covered = [path for path in named if quantizer is None or _unsuited(leaves[path]) is None]
+            suited = (path for path, leaf in leaves.items() if _unsuited(path, leaf) is None)
+            covered = [path for path in suited if _covers(pattern, path)]
         free = [path for path in covered if path not in found]
         if is_whole and not free:
             reason = "the patterns before it cover all that it matches; the first match wins"

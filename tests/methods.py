@@ -48,11 +48,11 @@ def proximal(optimizer: Optimizer = None, **settings: Any) -> optax.GradientTran
     return optax.chain(before, stam_proximal(1.0, rho, **settings))
 
 
-def general(optimizer: Optimizer = None, **settings: Any) -> optax.GradientTransformationExtraArgs:
+def general(optimizer: Optimizer = None, quantizer: Any = Binary()) -> optax.GradientTransformationExtraArgs:
     """Whatever the other configurations leave out: everything found first, a ridge, a schedule of inertia."""
     return three_block_splitting(
         optimizer,
-        **{"quantizer": Binary()} | settings,
+        quantizer=quantizer,
         relaxation=relaxations.LinearBlend(schedules.linear_to_hard(HARD_FROM)),
         inertia=optax.linear_schedule(1.0, 0.9, STEPS),
         project="first",

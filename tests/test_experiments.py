@@ -95,7 +95,7 @@ def test_augmentation_mirrors_only_where_asked(digits):
     assert 10 < np.sum(mirrored) < 54
 
 
-def binary_leaves(params: Any, **settings: Any) -> dict[str, stam_jax.Binary]:
+def binary_leaves(params: Any, **settings: Any) -> dict[str, stam_jax.Quantizer]:
     """The quantizer of each leaf that has one, by path, at some settings."""
     rows = stam_jax.tabulate(params, optimizers.choose(params, TrainSettings(**settings))).rows
     return {row.path: row.quantizer for row in rows if row.quantizer is not None}
@@ -187,8 +187,9 @@ def test_hard_weights_that_are_not_binary_are_refused(network):
         def levels(self, scales: jax.Array) -> Any:
             return -2 * scales, scales
 
+    liar: Any = Liar()
     with pytest.raises(AssertionError, match="is not quantized"):
-        evaluation.quantized(models.split(network)[1], Liar())
+        evaluation.quantized(models.split(network)[1], {"*": Liar()})
 
 
 def test_state_is_not_filled_from_arrays_that_do_not_fit(network):

@@ -62,51 +62,57 @@ def build(settings: TrainSettings, quantizer: Quantizers, *, steps: int, epoch: 
     _check_method_has_its_own(settings)
     learning_rate = _warmed_up(_schedule(settings, steps=steps, epoch=epoch), settings, epoch=epoch)
     hard_from = max(round(settings.hard_from * steps), 1)
-    momentum = {"momentum": settings.momentum, "nesterov": settings.nesterov}
     # Of the leaves of these networks kernels alone have two axes and more.
     is_kernel = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
     decay = optax.add_decayed_weights(settings.weight_decay, mask=is_kernel)
-    sgd = optax.sgd(learning_rate, **momentum)
-    common: dict[str, Any] = {"quantizer": quantizer}
+    sgd = optax.sgd(learning_rate, settings.momentum, settings.nesterov)
     match settings.method:
         case "float":
             return optax.chain(decay, sgd)
         case "binary_connect":
-            method = stam_jax.binary_connect(**common)
+            method = stam_jax.binary_connect(quantizer=quantizer)
         case "straight_through":
-            return optax.chain(decay, stam_jax.straight_through(sgd, clip=math.inf, **common))
+            return optax.chain(decay, stam_jax.straight_through(sgd, clip=math.inf, quantizer=quantizer))
         case "straight_through_clipped":
-            return optax.chain(decay, stam_jax.straight_through(sgd, **common))
+            return optax.chain(decay, stam_jax.straight_through(sgd, quantizer=quantizer))
         case "binary_relax":
             # The paper's 200 epochs, told in shares of the run: the strength ends phase I at 1.04^150.
             method = stam_jax.binary_relax(
-                growth_every=epoch, growth=1.04 ** (200 / settings.epochs), hard_from=hard_from, **common
+                growth_every=epoch,
+                growth=1.04 ** (200 / settings.epochs),
+                hard_from=hard_from,
+                quantizer=quantizer,
             )
         case "prox_quant":
             relaxed = jnp.arange(hard_from)
             area = max(float(jnp.vdot(jax.vmap(learning_rate)(relaxed), relaxed)), 1e-9)
             growth = settings.threshold / area
             threshold = lambda count: learning_rate(count) * growth * count
-            method = stam_jax.prox_quant(threshold=threshold, hard_from=hard_from, **common)
+            method = stam_jax.prox_quant(threshold=threshold, hard_from=hard_from, quantizer=quantizer)
         case "parq":
-            method = stam_jax.parq(hard_from=hard_from, **common)
+            method = stam_jax.parq(hard_from=hard_from, quantizer=quantizer)
         case "md_tanh":
             method = stam_jax.md_tanh(
-                growth=100 ** (epoch / hard_from), growth_every=epoch, hard_from=hard_from, **common
+                growth=100 ** (epoch / hard_from),
+                growth_every=epoch,
+                hard_from=hard_from,
+                quantizer=quantizer,
             )
         case "admm_quant":
-            admm = stam_jax.admm_quant(sgd, penalty=1.0, dual_every=epoch, hard_from=hard_from, **common)
+            admm = stam_jax.admm_quant(
+                sgd, penalty=1.0, dual_every=epoch, hard_from=hard_from, quantizer=quantizer
+            )
             return optax.chain(decay, admm)
         case "bop":
-            return stam_jax.bop(optax.chain(decay, sgd), adaptivity=1e-3, threshold=1e-4, **common)
+            return stam_jax.bop(optax.chain(decay, sgd), adaptivity=1e-3, threshold=1e-4, quantizer=quantizer)
         case "linear_blend":
             # As the relaxation of BinaryRelax is in torchao.
-            method = stam_jax.stam(hard_from=hard_from, inertia=1.0, **common)
+            method = stam_jax.stam(hard_from=hard_from, inertia=1.0, quantizer=quantizer)
         case "stam_proximal":
             first, last = settings.penalty
             grown = schedules.geometric(first, growth=(last / first) ** (1 / hard_from))
             penalty = lambda count: jnp.where(count < hard_from, grown(count), jnp.inf)
-            proximal = stam_jax.stam_proximal(learning_rate, penalty, **common)
+            proximal = stam_jax.stam_proximal(learning_rate, penalty, quantizer=quantizer)
             return optax.chain(decay, optax.trace(settings.momentum, settings.nesterov), proximal)
         case "stam":
             # With the linear relaxation and the projection last this is `stam_jax.stam`.
@@ -114,7 +120,7 @@ def build(settings: TrainSettings, quantizer: Quantizers, *, steps: int, epoch: 
                 relaxation=_relaxation(settings, hard_from),
                 inertia=settings.inertia,
                 project=settings.project,
-                **common,
+                quantizer=quantizer,
             )
     return optax.chain(decay, sgd, method)
 

@@ -82,18 +82,19 @@ def assign(where: str, quantizer: Quantizers, params: Any) -> dict[str, Assigned
         found = {path: _default(path, leaf, quantizer) for path, leaf in leaves.items()}
     else:
         found = {path: _by_function(where, quantizer, path, leaf) for path, leaf in leaves.items()}
-    if is_whole and not any(a.quantizer for a in found.values()):
+    if is_whole and all(a.quantizer is None for a in found.values()):
         raise ValueError(
             f"{where}: nothing is quantized. By default these are the leaves called kernel, weight or w of "
             f"rank 2 or more; name others by patterns, quantizer={{'*/name': Binary()}}. The leaves are "
             + _listed(f"{path!r} ({a.rule})" for path, a in found.items())
         )
-    return {path: _fitted(where, path, a) if a.quantizer else a for path, a in found.items()}
+    return {path: a if a.quantizer is None else _fitted(where, path, a) for path, a in found.items()}
 
 
 def chosen(where: str, quantizer: Quantizers, params: Any) -> dict[str, Quantizer]:
     """The quantizers of the leaves that are quantized, by path."""
-    return {path: a.quantizer for path, a in assign(where, quantizer, params).items() if a.quantizer}
+    assigned = assign(where, quantizer, params)
+    return {path: a.quantizer for path, a in assigned.items() if a.quantizer is not None}
 
 
 def _fitted(where: str, path: str, assigned: Assigned) -> Assigned:
@@ -166,7 +167,8 @@ def _default(path: str, leaf: Any, quantizer: Quantizer | None, rule: str | None
     why = _unsuited(path, leaf)
     if why is None and name not in _WEIGHTS:
         why = f"name {name!r}"
-    if why is None and any(map(_NORMALIZATION.search, modules)):
+    # The layer itself: attention inside a module that normalizes first is no normalization.
+    if why is None and any(map(_NORMALIZATION.search, modules[-1:])):
         why = "normalization"
     if why is None and any(map(_EMBEDDING.search, modules)):
         why = "embedding"
@@ -191,12 +193,14 @@ def _by_patterns(
     found: dict[str, Assigned] = {}
     for pattern, quantizer in patterns.items():
         if pattern == "*":
-            covered = [path for path, leaf in leaves.items() if _default(path, leaf, Binary()).quantizer]
+            named = [path for path, leaf in leaves.items() if _default(path, leaf, Binary()).quantizer]
         else:
-            suited = (path for path, leaf in leaves.items() if _unsuited(path, leaf) is None)
-            covered = [path for path in suited if _covers(pattern, path)]
+            named = [path for path in leaves if _covers(pattern, path)]
+        suited = [path for path in named if _unsuited(path, leaves[path]) is None]
+        covered = named if quantizer is None else suited
         free = [path for path in covered if path not in found]
-        if is_whole and not free:
+        # A pattern that is to keep a layer whole comes too late where all but its bias is taken.
+        if is_whole and found.keys() >= set(suited or covered):
             reason = "the patterns before it cover all that it matches; the first match wins"
             if not covered:
                 reason = f"it matches no leaf to quantize; the leaves are {_listed(leaves)}"

@@ -53,7 +53,7 @@ def stam(
         quantizer: what is quantized, and how:
 
             * a quantizer such as `Binary()`, for every floating-point leaf of rank 2 or more that is called
-              `kernel`, `weight` or `w`, outside modules named as embeddings or normalization;
+              `kernel`, `weight` or `w`, but those of embeddings and of normalization;
             * a dictionary from patterns over paths, with the wildcards of the shell, to quantizers or None:
               the first match decides, a pattern that names a module covers all weights below it, and `"*"`
               alone stands for the default leaves: `{"head": None, "*/query/kernel": Binary(axis=(-2, -1)),

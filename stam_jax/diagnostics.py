@@ -97,7 +97,7 @@ def sign_flips(before: Any, after: Any) -> jax.Array:
         return jnp.sum((jnp.asarray(a) >= 0) != (jnp.asarray(b) >= 0))
 
     flips = optax.tree.sum(jax.tree.map(differing, before, after))
-    return jnp.asarray(flips, jnp.float32) / max(optax.tree.size(before), 1)
+    return jnp.asarray(flips, jnp.float32) / max(sum(map(jnp.size, jax.tree.leaves(before))), 1)
 
 
 class Terms(NamedTuple):

@@ -89,7 +89,7 @@ class Table:
 def tabulate(params: Any, quantizer: Quantizers = Binary()) -> Table:
     r"""A table of what is quantized, and how: look at it before training, and before shipping.
 
-    The gap $|P_Q(x) - x| / |x|$ of a hard network is rounding alone, at most 1e-6 in float32 and 1e-3 in
+    The gap $|P_Q(x) - x| / |x|$ of a hard network is rounding alone, at most 2e-6 in float32 and 4e-3 in
     bfloat16; a larger one says that the quantizer is not that of the training, or that the network is not
     hard yet.
 

@@ -187,7 +187,6 @@ def test_hard_weights_that_are_not_binary_are_refused(network):
         def levels(self, scales: jax.Array) -> Any:
             return -2 * scales, scales
 
-    liar: Any = Liar()
     with pytest.raises(AssertionError, match="is not quantized"):
         evaluation.quantized(models.split(network)[1], {"*": Liar()})
 

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stam_jax import Binary, LeastSquares, PowerOfTwo, Quantizer, Ternary, Uniform
-from stam_jax._assignment import project
+from stam_jax import Binary, LeastSquares, PowerOfTwo, Quantizer, Ternary, Uniform, _assignment
 from stam_jax.quantizers import bits_per_weight, decode, encode, level_count, levels_of, nearest
 from tests import reference_quantizers as reference
+
+project: Any = _assignment.project  # Takes NumPy's arrays too.
 
 SHAPE = (2, 4, 3)
 # Each way to share a scale, and its groups: channels, group, group_axis.
@@ -229,7 +230,7 @@ def test_a_mean_of_many_in_float32_is_that_in_float64(axis, shape):
     w = normal(*shape)
     axes = tuple(i for i in range(w.ndim) if axis == () or i != axis % w.ndim)
     expected = np.mean(np.abs(np.float64(w)), axis=axes, keepdims=True)
-    np.testing.assert_allclose(Binary(axis=axis).scales(w), expected, rtol=2e-6)
+    np.testing.assert_allclose(Binary(axis=axis).scales(jnp.asarray(w)), expected, rtol=2e-6)
 
 
 @pytest.mark.usefixtures("x64")
@@ -272,7 +273,7 @@ def test_stacked_layers_are_those_of_a_loop():
 def test_an_axis_as_int_tuple_or_none_is_the_same_axis():
     w = normal(4, 3)
     for other in (Binary(axis=1), Binary(axis=(1,)), Binary(axis=None)):
-        np.testing.assert_array_equal(other.scales(w), Binary().scales(w))
+        np.testing.assert_array_equal(other.scales(jnp.asarray(w)), Binary().scales(jnp.asarray(w)))
 
 
 @pytest.mark.parametrize(

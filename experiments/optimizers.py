@@ -99,8 +99,10 @@ def build(settings: TrainSettings, quantizer: Quantizers, *, steps: int, epoch: 
                 quantizer=quantizer,
             )
         case "admm_quant":
+            # A penalty of 1 against the momentum of the gradient, which sums up the penalty's gradient as well.
+            penalty = 1 - settings.momentum
             admm = stam_jax.admm_quant(
-                sgd, penalty=1.0, dual_every=epoch, hard_from=hard_from, quantizer=quantizer
+                sgd, penalty=penalty, dual_every=epoch, hard_from=hard_from, quantizer=quantizer
             )
             return optax.chain(decay, admm)
         case "bop":

@@ -117,8 +117,7 @@ def _is_shard(leaf: jax.Array) -> bool:
     """Whether an array differs between the devices of a `jax.shard_map` around it."""
     kind: Any = jax.typeof(leaf)
     # Newer versions of JAX have another name for it.
-    varying = kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", ())
-    return bool(varying)
+    return bool(kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma)
 
 
 @contextlib.contextmanager
@@ -141,7 +140,7 @@ def check_fits(where: str, params: Any, quantizers: Mapping[str, Quantizer]) -> 
 def _listed(items: Iterable[str], most: int = 12) -> str:
     """Items for an error; the first ones where there are many."""
     items = list(items)
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+    return ", ".join(items[:most]) + f" and {len(items) - most} more" * (len(items) > most)
 
 
 def _is_float(leaf: Any) -> bool:

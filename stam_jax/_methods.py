@@ -9,7 +9,7 @@ import optax
 from stam_jax import _numbers, schedules
 from stam_jax._assignment import Quantizers
 from stam_jax._numbers import ScalarOrSchedule
-from stam_jax._splitting import splitting
+from stam_jax._splitting import three_block_splitting
 from stam_jax.quantizers import Binary
 from stam_jax.regularizers import Box, Regularizer
 from stam_jax.relaxations import (
@@ -97,9 +97,9 @@ def stam(
         project's own, docs/theory.md.
     """
     _numbers.check_each("stam", ("hard_from", hard_from, 0))
-    return splitting(
-        "stam",
+    return three_block_splitting(
         optimizer,
+        name="stam",
         quantizer=quantizer,
         relaxation=LinearBlend(schedules.linear_to_hard(hard_from)),
         inertia=inertia,
@@ -173,9 +173,9 @@ def stam_proximal(
         finite = jnp.isfinite(rho)
         return jnp.where(finite, eta * jnp.where(finite, rho, 0) / (1 + damping(count)), math.inf)
 
-    return splitting(
-        where,
+    return three_block_splitting(
         optax.scale_by_learning_rate(learning_rate),
+        name=where,
         quantizer=quantizer,
         relaxation=SquaredDistance(strength),
         inertia=0.0,
@@ -218,8 +218,13 @@ def binary_connect(
         Courbariaux et al., BinaryConnect, arXiv:1511.00363; Rastegari et al., XNOR-Net, arXiv:1603.05279.
     """
     where = "binary_connect"
-    return splitting(
-        where, optimizer, quantizer=quantizer, relaxation=Hard(), inertia=1.0, regularizer=_box(where, clip)
+    return three_block_splitting(
+        optimizer,
+        name=where,
+        quantizer=quantizer,
+        relaxation=Hard(),
+        inertia=1.0,
+        regularizer=_box(where, clip),
     )
 
 
@@ -278,8 +283,8 @@ def binary_relax(
         ("growth", growth, 1),
     )
     squared = SquaredDistance(schedules.geometric(strength, growth=growth, every=growth_every))
-    return splitting(
-        where, optimizer, quantizer=quantizer, relaxation=HardFrom(squared, hard_from), inertia=1.0
+    return three_block_splitting(
+        optimizer, name=where, quantizer=quantizer, relaxation=HardFrom(squared, hard_from), inertia=1.0
     )
 
 
@@ -323,9 +328,9 @@ def prox_quant(
     where = "prox_quant"
     _numbers.check(where, "threshold", threshold)
     _numbers.check_each(where, ("hard_from", hard_from, 0))
-    return splitting(
-        where,
+    return three_block_splitting(
         optimizer,
+        name=where,
         quantizer=quantizer,
         relaxation=HardFrom(L1Distance(threshold), hard_from),
         inertia=0.0,
@@ -375,8 +380,8 @@ def parq(
         where, ("hard_from", hard_from, 0), ("anneal_from", anneal_from, 0), ("steepness", steepness, 1e-3)
     )
     inverse_slope = schedules.sigmoid_inverse_slope(hard_from, start=anneal_from, steepness=steepness)
-    return splitting(
-        where, optimizer, quantizer=quantizer, relaxation=PiecewiseAffine(inverse_slope), inertia=1.0
+    return three_block_splitting(
+        optimizer, name=where, quantizer=quantizer, relaxation=PiecewiseAffine(inverse_slope), inertia=1.0
     )
 
 
@@ -422,4 +427,6 @@ def md_tanh(
         where, ("hard_from", hard_from, 0), ("growth", growth, 1), ("growth_every", growth_every, 1)
     )
     tanh = ScaledTanh(schedules.geometric(1.0, growth=growth, every=growth_every))
-    return splitting(where, optimizer, quantizer=quantizer, relaxation=HardFrom(tanh, hard_from), inertia=1.0)
+    return three_block_splitting(
+        optimizer, name=where, quantizer=quantizer, relaxation=HardFrom(tanh, hard_from), inertia=1.0
+    )

@@ -41,6 +41,7 @@ def three_block_splitting(
     regularizer: Regularizer | None = None,
     regularizer_step: ScalarOrSchedule = 1.0,
     regularizer_strength: ScalarOrSchedule = math.inf,
+    name: str = "three_block_splitting",
 ) -> optax.GradientTransformationExtraArgs:
     r"""The general iteration, of which `stam` and the published methods are configurations.
 
@@ -69,6 +70,7 @@ def three_block_splitting(
         regularizer: h, such as `regularizers.Box(1.0)`; None for none.
         regularizer_step: the step s of its prox, above 0, in units of w^2 over those of h.
         regularizer_strength: $\lambda$ from 0 to infinity, where w is z.
+        name: of the method that is configured, with which errors begin.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` whose state is a `SplittingState`; its `update` needs the
@@ -95,60 +97,33 @@ def three_block_splitting(
         This project's formulation, docs/theory.md, for the model of Bian, Liu and Zhang, arXiv:2204.11065,
         whose equations were not available.
     """
-    return splitting(
-        "three_block_splitting",
-        optimizer,
-        quantizer=quantizer,
-        relaxation=relaxation,
-        inertia=inertia,
-        project=project,
-        regularizer=regularizer,
-        regularizer_step=regularizer_step,
-        regularizer_strength=regularizer_strength,
-    )
-
-
-def splitting(
-    where: str,
-    optimizer: optax.GradientTransformation | None,
-    *,
-    quantizer: Quantizers,
-    relaxation: Relaxation,
-    inertia: ScalarOrSchedule,
-    project: str = "last",
-    regularizer: Regularizer | None = None,
-    regularizer_step: ScalarOrSchedule = 1.0,
-    regularizer_strength: ScalarOrSchedule = math.inf,
-) -> optax.GradientTransformationExtraArgs:
-    """`three_block_splitting`, whose errors begin with the name of the function that was called."""
-    inner = inside(where, optax.identity() if optimizer is None else optimizer)
-    _assignment.check_quantizer(where, quantizer)
-    _numbers.check_has(where, "relaxation", relaxation, "at")
-    _numbers.check(where, "inertia", inertia, high=1.0)
+    inner = inside(name, optax.identity() if optimizer is None else optimizer)
+    _assignment.check_quantizer(name, quantizer)
+    _numbers.check_has(name, "relaxation", relaxation, "at")
+    _numbers.check(name, "inertia", inertia, high=1.0)
     if project not in ("first", "last"):
-        raise ValueError(f"{where}: project must be 'first' or 'last'; got {project!r}.")
+        raise ValueError(f"{name}: project must be 'first' or 'last'; got {project!r}.")
     if regularizer is not None:
-        _numbers.check_has(where, "regularizer", regularizer, "prox")
-    _numbers.check(where, "regularizer_step", regularizer_step)
-    _numbers.check(where, "regularizer_strength", regularizer_strength)
+        _numbers.check_has(name, "regularizer", regularizer, "prox")
+    _numbers.check(name, "regularizer_step", regularizer_step)
+    _numbers.check(name, "regularizer_strength", regularizer_strength)
     keeps_latent = not _numbers.is_fixed_at(inertia, 0)
 
     def init(params: Any) -> SplittingState:
-        quantizers = _assignment.chosen(where, quantizer, params)
-        _assignment.check_fits(where, params, quantizers)
+        quantizers = _assignment.chosen(name, quantizer, params)
+        _assignment.check_fits(name, params, quantizers)
         latent = _paths.holding(params, latents(params, quantizers)) if keeps_latent else None
         # Copies of its own for the optimizer, which may keep them: an alias could not be donated.
         seen = _paths.replaced(params, latents(params, quantizers))
         return SplittingState(jnp.zeros([], jnp.int32), latent, inner.init(seen))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, SplittingState]:
-        check_state(where, state, SplittingState)
-        _paths.check_alike(where, updates, "updates", params)
-        quantizers = _assignment.chosen(where, quantizer, params)
+        check_state(name, state, SplittingState)
+        _paths.check_alike(name, updates, "updates", params)
+        quantizers = _assignment.chosen(name, quantizer, params)
         weights, gradients = _paths.named_leaves(params), _paths.named_leaves(updates)
-        v = kept(where, state.latent, weights, quantizers) if keeps_latent else widened(weights, quantizers)
-        if not keeps_latent and state.latent is not None:
-            raise ValueError(f"{where}: the state holds latent weights; that of no inertia holds none.")
+        latent = kept(name, state.latent, weights, quantizers if keeps_latent else {})
+        v = latent if keeps_latent else widened(weights, quantizers)
         at = lambda value: _numbers.at(value, state.count)
         kappa, relax = at(inertia), relaxation.at(state.count)
         step, (share_w, share_z) = at(regularizer_step), shares(at(regularizer_strength))

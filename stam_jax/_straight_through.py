@@ -8,7 +8,7 @@ import optax
 
 from stam_jax import _assignment, _numbers, _paths
 from stam_jax._assignment import Quantizers
-from stam_jax._splitting import inside, splitting
+from stam_jax._splitting import inside, three_block_splitting
 from stam_jax.quantizers import Binary
 from stam_jax.relaxations import Hard
 
@@ -62,4 +62,6 @@ def straight_through(
 
     gate = optax.stateless(gated)
     gated_optimizer = inner if _numbers.is_fixed_at(clip, math.inf) else optax.chain(gate, inner)
-    return splitting(where, gated_optimizer, quantizer=quantizer, relaxation=Hard(), inertia=1.0)
+    return three_block_splitting(
+        gated_optimizer, name=where, quantizer=quantizer, relaxation=Hard(), inertia=1.0
+    )

@@ -18,6 +18,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from numpy.lib.array_utils import normalize_axis_tuple
 
 from stam_jax import _numbers
 
@@ -109,17 +110,6 @@ def decode(codes: jax.Array, levels: Levels) -> jax.Array:
     return y
 
 
-def level_count(quantizer: Quantizer, shape: tuple[int, ...]) -> int:
-    """How many values a weight of an array of that shape can take."""
-    w = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return len(jax.eval_shape(lambda w: list(quantizer.levels(quantizer.scales(w))), w))
-
-
-def bits_per_weight(quantizer: Quantizer, shape: tuple[int, ...]) -> int:
-    """The bits that a code takes."""
-    return max((level_count(quantizer, shape) - 1).bit_length(), 1)
-
-
 # A reduction over the weights that share a scale: over(jnp.mean, a), with its axes kept.
 Over = Callable[[Callable[..., jax.Array], jax.Array], jax.Array]
 
@@ -179,7 +169,7 @@ class Shared(abc.ABC):
 
     def _split(self, w: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
         """The array, its grouped axis divided in two, and the axes of that array that share a scale."""
-        channels = self._channels(w.shape)
+        channels = normalize_axis_tuple(-1 if self.axis is None else self.axis, w.ndim, "axis")
         shared = [axis for axis in range(w.ndim) if axis not in channels]
         if not shared and w.ndim:
             raise ValueError(
@@ -188,8 +178,11 @@ class Shared(abc.ABC):
             )
         if self.group is None:
             return w, tuple(shared)
-        at = self._place(self.group_axis, w.shape, "group_axis") if self.group_axis is not None else shared[0]
-        if at not in shared or (self.group_axis is None and len(shared) > 1):
+        named = (
+            shared if self.group_axis is None else normalize_axis_tuple(self.group_axis, w.ndim, "group_axis")
+        )
+        at = named[0]
+        if at not in shared or len(named) > 1:
             raise ValueError(
                 f"{self!r} cannot tell which axis of an array of shape {w.shape} to divide: name one by "
                 f"group_axis that is not among the channels {channels}."
@@ -201,19 +194,6 @@ class Shared(abc.ABC):
             )
         blocks = w.reshape(*w.shape[:at], w.shape[at] // length, length, *w.shape[at + 1 :])
         return blocks, (*(axis + (axis > at) for axis in shared if axis != at), at + 1)
-
-    def _channels(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The axes that have a scale for each of their places."""
-        axes = (-1,) if self.axis is None else self.axis if isinstance(self.axis, tuple) else (self.axis,)
-        places = tuple(self._place(axis, shape, "axis") for axis in axes)
-        if len(set(places)) != len(places):
-            raise ValueError(f"{self!r} names an axis of an array of shape {shape} twice.")
-        return places
-
-    def _place(self, axis: int, shape: tuple[int, ...], name: str) -> int:
-        if not -len(shape) <= axis < len(shape):
-            raise ValueError(f"{self!r}: {name}={axis} is no axis of an array of shape {shape}.")
-        return axis % len(shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

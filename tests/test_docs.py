@@ -14,7 +14,8 @@ import optax
 import pytest
 
 import stam_jax
-from stam_jax.quantizers import Shared, bits_per_weight, levels_of, nearest
+from stam_jax.packing._packed import layout
+from stam_jax.quantizers import Shared, levels_of, nearest
 from tests.methods import METHODS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -73,10 +74,10 @@ def test_every_quantizer_has_a_row_that_says_its_bits():
     for name, cells in rows.items():
         few, *most = map(int, cells["bits"].split(" to "))
         if not most:
-            assert bits_per_weight(quantizers[name](), (8, 4)) == few
+            assert layout(quantizers[name](), (8, 4)).bits == few
             continue
         for bits in range(few, most[0] + 1):
-            assert bits_per_weight(quantizers[name](bits=bits), (8, 4)) == bits
+            assert layout(quantizers[name](bits=bits), (8, 4)).bits == bits
         for bits in (few - 1, most[0] + 1):
             with pytest.raises(ValueError, match="bits"):
                 quantizers[name](bits=bits)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from stam_jax import Binary, LeastSquares, PowerOfTwo, Ternary, Uniform, quantize, stam
 from stam_jax._assignment import project
-from stam_jax.quantizers import bits_per_weight, decode, encode, level_count, levels_of, nearest
+from stam_jax.packing._packed import layout
+from stam_jax.quantizers import decode, encode, levels_of, nearest
 from tests import reference_quantizers as reference
 
 
@@ -148,7 +149,7 @@ def test_what_is_quantized_already_stays_and_signs_and_scale_carry_over(quantize
 def test_codes_count_the_levels_from_the_lowest(quantizer, w):
     y, levels, codes, decoded = described(quantizer, w)
     assert (codes.dtype, codes.shape) == (jnp.uint8, w.shape)
-    assert len(levels) == level_count(quantizer, w.shape)
+    assert len(levels) == layout(quantizer, w.shape).levels
     stacked = np.stack(levels)
     assert np.all(stacked[1:] >= stacked[:-1])
     np.testing.assert_array_equal(stacked, -stacked[::-1])
@@ -195,7 +196,7 @@ def test_more_bits_come_closer():
 def test_two_bits_are_ternary(quantizer):
     w = normal(64, 8)
     np.testing.assert_allclose(projected(quantizer, w), projected(Ternary(), w), rtol=1e-6)
-    assert level_count(quantizer, (4, 4)) == 3
+    assert layout(quantizer, (4, 4)).levels == 3
 
 
 # Fixed scales.
@@ -245,8 +246,8 @@ def test_a_weight_halfway_between_levels_goes_up(quantizer, weights, expected):
 )
 def test_the_bits_are_those_that_tell_the_levels_apart(quantizer, levels, bits):
     for shape in ((4, 3), (0, 3)):
-        assert level_count(quantizer, shape) == levels
-        assert bits_per_weight(quantizer, shape) == bits
+        assert layout(quantizer, shape).levels == levels
+        assert layout(quantizer, shape).bits == bits
 
 
 @pytest.mark.parametrize("kind", [Uniform, PowerOfTwo])

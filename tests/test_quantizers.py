@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stam_jax import Binary, LeastSquares, PowerOfTwo, Quantizer, Ternary, Uniform, _assignment
-from stam_jax.quantizers import bits_per_weight, decode, encode, level_count, levels_of, nearest
+from stam_jax.packing._packed import layout
+from stam_jax.quantizers import decode, encode, levels_of, nearest
 from tests import reference_quantizers as reference
 
 project: Any = _assignment.project  # Takes NumPy's arrays too.
@@ -392,8 +393,8 @@ def test_a_quantizer_is_a_frozen_object_of_keywords(kind):
 
 def test_one_weight_takes_one_bit():
     for binary, shape in itertools.product((Binary(), Binary(scale=1.0), Binary(group=2)), ((4, 3), (0, 3))):
-        assert level_count(binary, shape) == 2
-        assert bits_per_weight(binary, shape) == 1
+        assert layout(binary, shape).levels == 2
+        assert layout(binary, shape).bits == 1
 
 
 # What JAX may do with them.

@@ -96,7 +96,7 @@ def tabulate(params: Any, quantizer: Quantizers = Binary()) -> Table:
     Args:
         params: the parameters, any pytree; shapes alone do, as of `jax.eval_shape`, and the leaves may be
             `Packed`.
-        quantizer: what is quantized, and how, as in `stam`; for the leaves that are not `Packed`.
+        quantizer: what is quantized, and how, as in `stam`; of no use where there are `Packed` leaves.
 
     Returns:
         A `Table`: print it, or read its `rows`.
@@ -121,10 +121,11 @@ def tabulate(params: Any, quantizer: Quantizers = Binary()) -> Table:
     """
     _assignment.check_quantizer("tabulate", quantizer)
     is_leaf = lambda node: is_packed(node) or _paths.is_masked(node)
-    # What is packed already is a hole to the rules, which have no say in it.
+    leaves, _ = _paths.flatten_named(params, is_leaf)
+    if any(map(is_packed, leaves.values())):
+        quantizer = {"*": None}  # What has been left whole beside packed leaves is so by choice.
     rest = jax.tree.map(lambda leaf: optax.MaskedNode() if is_packed(leaf) else leaf, params, is_leaf=is_leaf)
     assigned = _assignment.assign("tabulate", quantizer, rest)
-    leaves, _ = _paths.flatten_named(params, is_leaf)
     rows = [
         _packed_row(path, leaf) if isinstance(leaf, Packed) else _row(path, assigned[path])
         for path, leaf in leaves.items()
@@ -147,12 +148,9 @@ def _row(path: str, assigned: Assigned) -> Row:
         return Row(path, shape, None, 0, whole, whole, None, rule)
     with _assignment.naming("tabulate", path):
         scales = jax.eval_shape(quantizer.scales, jax.ShapeDtypeStruct(shape, leaf.dtype))
-        has_values = not isinstance(leaf, jax.ShapeDtypeStruct)
-        gap = (
-            float(gap_of(jnp.asarray(leaf), _assignment.project(quantizer, jnp.asarray(leaf))))
-            if has_values
-            else None
-        )
+        gap = None
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            gap = float(gap_of(jnp.asarray(leaf), _assignment.project(quantizer, jnp.asarray(leaf))))
     row_bits = (shape[-1] if shape else 1) * layout(quantizer, shape).bits
     codes = 8 * -(-row_bits // 8) * math.prod(shape[:-1])
     bits = codes + 8 * scales.size * np.dtype(scales.dtype).itemsize

@@ -642,3 +642,16 @@ def test_no_rank_is_promoted_on_the_way(quantizer):
         pack(quantize(params, quantizer), quantizer)
         optimizer = stam(optax.sgd(0.1), hard_from=1, quantizer=quantizer)
         jax.eval_shape(lambda: helpers.take_step(optimizer, params, optimizer.init(params), params))
+
+
+def test_a_layer_inside_a_module_that_normalizes_first_is_no_normalization():
+    params = {
+        "PreNorm_0": {"Attention_0": {"kernel": jnp.ones((2, 3))}, "LayerNorm_0": {"w": jnp.ones((2, 3))}}
+    }
+    assert [row.quantizer is None for row in tabulate(params).rows] == [False, True]
+
+
+def test_a_pattern_for_a_module_leaves_its_biases_whole():
+    params = {"query": {"kernel": jnp.ones((4, 2, 3)), "bias": jnp.ones((2, 3))}}
+    rows = tabulate(params, {"query": Binary(axis=(-2, -1))}).rows
+    assert [row.quantizer for row in rows] == [None, Binary(axis=(-2, -1))]

@@ -962,3 +962,9 @@ def test_resnet18_with_every_kernel_binary_takes_a_29th(tmp_path):
     rows = tabulate(load_packed(tmp_path / "file")).rows
     assert all(row.quantizer for row in rows if row.path.endswith("kernel"))
     assert sum(math.prod(row.shape) for row in rows if row.path.startswith("params")) == 11_173_962
+
+
+def test_what_is_left_whole_beside_packed_leaves_is_whole_in_the_table():
+    weights = {"head": {"kernel": jnp.ones((2, 3))}, "body": {"kernel": jnp.ones((3, 2))}}
+    table = tabulate(pack(weights, {"head": None, "*": Binary()}))
+    assert [row.quantizer for row in table.rows] == [Binary(axis=-1), None]

@@ -99,10 +99,13 @@ def build(settings: TrainSettings, quantizer: Quantizers, *, steps: int, epoch: 
                 quantizer=quantizer,
             )
         case "admm_quant":
-            # A penalty of 1 against the momentum of the gradient, which sums up the penalty's gradient as well.
-            penalty = 1 - settings.momentum
+            # A penalty of 1 to the sum of gradients that momentum makes, which takes in the penalty's own.
             admm = stam_jax.admm_quant(
-                sgd, penalty=penalty, dual_every=epoch, hard_from=hard_from, quantizer=quantizer
+                sgd,
+                penalty=1 - settings.momentum,
+                dual_every=epoch,
+                hard_from=hard_from,
+                quantizer=quantizer,
             )
             return optax.chain(decay, admm)
         case "bop":

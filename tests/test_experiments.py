@@ -315,6 +315,30 @@ def test_weight_decay_and_momentum_are_of_the_weights_in_use():
         np.testing.assert_allclose(_run(optimizer, count)[0]["kernel"], _stam_by_hand(count), rtol=2e-5)
 
 
+def _admm_by_hand(count: int, momentum: float) -> np.ndarray:
+    """Float64: the weights of ADMM along the gradients of `_run`, with multipliers anew every other step."""
+    project = lambda v: np.where(v < 0, -1, 1) * np.abs(v).mean(0)
+    x = v = np.linspace(-1.0, 1.0, 12).reshape(3, 4)
+    trace = np.zeros((3, 4))
+    for k in range(count):
+        y = project(v)
+        trace = np.sin(x + k) + (1 - momentum) * (x - y + (v - y)) + momentum * trace
+        x = y if k >= 15 else x - 0.05 * (1 + np.cos(np.pi * k / 20)) * trace
+        if k % 2 and k < 15:
+            v = x + (v - y)
+    return x
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_penalty_of_admm_is_1_whatever_the_momentum_sums_up(momentum):
+    chosen = TrainSettings(method="admm_quant", momentum=momentum, nesterov=False, weight_decay=0.0)
+    params = {"kernel": jnp.zeros((3, 4))}
+    optimizer = optimizers.build(chosen, optimizers.choose(params, chosen), steps=20, epoch=2)
+    for count in (1, 8, 15):
+        expected = _admm_by_hand(count, momentum)
+        np.testing.assert_allclose(_run(optimizer, count)[0]["kernel"], expected, rtol=2e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_kernels_alone_decay_those_in_float_too(method):
     """Without gradients, what is in float moves by weight decay alone, and by the same in every method."""

@@ -113,7 +113,7 @@ def export(
             size = _write(output, _checked_onnx(network, reading, console))
         case "folder":
             size = write_folder(network, path, output, license_name)
-    whole = stored.tabulate(network.tree).nbytes_whole
+    whole = stam_jax.tabulate(network.tree).nbytes_whole
     console.print(
         f"Written: {output}, {size:,} bytes; the network's arrays whole are {whole:,}.",
         soft_wrap=True,
@@ -391,7 +391,7 @@ def model_card(network: Stored, size: int, license_name: str | None) -> str:
         share=f"{binary_share(network):.1%}",
         file=MODEL,
         size=f"{size:,}",
-        whole=f"{stored.tabulate(network.tree).nbytes_whole:,}",
+        whole=f"{stam_jax.tabulate(network.tree).nbytes_whole:,}",
         shape=", ".join(map(str, network.images.shape)),
         brightest=network.images.brightest,
     )

@@ -26,7 +26,7 @@ def inspect(path: Path, console: Console) -> None:
         SettingsError: if it cannot be read.
     """
     try:
-        table, metadata = stored.tabulate(stam_jax.load_packed(path)), stam_jax.packed_metadata(path)
+        table, metadata = stam_jax.tabulate(stam_jax.load_packed(path)), stam_jax.packed_metadata(path)
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}.") from error
     except ValueError as error:

@@ -163,15 +163,6 @@ def _images(path: Path, said: Any) -> Images:
     )
 
 
-def tabulate(tree: Any) -> Any:
-    """The table of a packed network: what is not packed in it is in full precision.
-
-    Raises:
-        ValueError: if nothing in it is packed.
-    """
-    return stam_jax.tabulate(tree, {"*": None})
-
-
 def is_whole(path: Path, params: Any, stats: Any) -> bool:
     """Whether a file gives back weights and statistics bit for bit."""
     stored = stam_jax.unpack(stam_jax.load_packed(path, like={"params": params, "stats": stats}))

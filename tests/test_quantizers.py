@@ -301,11 +301,11 @@ def test_an_axis_that_is_not_longer_than_a_group_is_one_group(group):
 @pytest.mark.parametrize(
     ("options", "shape", "said"),
     [
-        ({"axis": (1, 2)}, (4, 3), "axis=2"),
-        ({"axis": 2}, (3, 3), "axis=2"),
-        ({"axis": -3}, (3, 3), "axis=-3"),
-        ({"axis": 0}, (), "axis=0"),
-        ({"axis": (0, -2)}, (3, 3), "twice"),
+        ({"axis": (1, 2)}, (4, 3), "axis 2"),
+        ({"axis": 2}, (3, 3), "axis 2"),
+        ({"axis": -3}, (3, 3), "axis -3"),
+        ({"axis": 0}, (), "axis 0"),
+        ({"axis": (0, -2)}, (3, 3), "repeated"),
         ({}, (3,), "scale of its own"),
         ({"axis": (0, 1)}, (3, 3), "scale of its own"),
         ({"group": 4}, (6, 2), "divide"),

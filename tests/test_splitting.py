@@ -806,7 +806,7 @@ def test_updates_that_do_not_fit_are_named_though_they_might_broadcast(name, upd
 
 OTHERS: dict[str, tuple[Any, Any, Any, str]] = {
     # The optimizer whose state it is, with the parameters; the optimizer that is given it; what is named.
-    "inertia for none": (stam(SGD, hard_from=5, inertia=1), PARAMS, splitting(inertia=0), "latent weights"),
+    "inertia for none": (stam(SGD, hard_from=5, inertia=1), PARAMS, splitting(inertia=0), "kernel"),
     "none for inertia": (splitting(inertia=0), PARAMS, stam(SGD, hard_from=5, inertia=1), "'kernel'"),
     "a quantized leaf more": (
         stam(SGD, hard_from=5, quantizer={"a": Binary(), "b": Binary()}),

@@ -12,7 +12,7 @@ from experiments.config import METHODS, Method
 
 Metrics = Sequence[Mapping[str, Any]]
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
+# Okabe and Ito's colors, which color-blind readers tell apart.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
 
@@ -31,12 +31,12 @@ def curves(path: Path, runs: Mapping[Method, Sequence[Metrics]]) -> None:
         for method, seeds in runs.items():
             # The same in every picture, whichever methods are in it.
             index = METHODS.index(method)
-            colour = _COLOURS[index % len(_COLOURS)]
+            color = _COLOURS[index % len(_COLOURS)]
             dashes = "-" if index < len(_COLOURS) else "--"
             for seed, metrics in enumerate(filter(None, seeds)):
                 label = method if seed == 0 else None
                 is_float = metrics[0]["hard_accuracy"] is None
-                style = {"color": colour, "alpha": 0.85, "linewidth": 1.4, "linestyle": dashes}
+                style = {"color": color, "alpha": 0.85, "linewidth": 1.4, "linestyle": dashes}
                 _line(accuracy, metrics, "relaxed_accuracy", **style | {"linewidth": 0.9, "linestyle": ":"})
                 main = "relaxed_accuracy" if is_float else "hard_accuracy"
                 _line(accuracy, metrics, main, **style, label=label)
@@ -96,10 +96,10 @@ def accuracies(path: Path, cells: Mapping[str, Mapping[str, Metrics]]) -> None:
                 ]
                 if not values:
                     continue
-                colour = _COLOURS[0] if method == "float" else _COLOURS[1]
+                color = _COLOURS[0] if method == "float" else _COLOURS[1]
                 spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                axes.plot(values, [place] * len(values), "|", color=colour, alpha=0.5)
-                axes.errorbar(statistics.mean(values), place, xerr=spread, fmt="o", color=colour, capsize=3)
+                axes.plot(values, [place] * len(values), "|", color=color, alpha=0.5)
+                axes.errorbar(statistics.mean(values), place, xerr=spread, fmt="o", color=color, capsize=3)
             axes.set(title=title, xlabel="test accuracy, %")
             axes.set_yticks(range(len(methods)), methods)
             axes.grid(alpha=0.25)

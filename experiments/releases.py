@@ -174,7 +174,7 @@ def _labels(name: str, labels: np.ndarray, classes: int) -> np.ndarray:
 
 
 def _cifar(release: Release, files: Files, split: str) -> Iterator[Part]:
-    """Records of one or two bytes of labels, the fine one last, and an image in planes of colours."""
+    """Records of one or two bytes of labels, the fine one last, and an image in planes of colors."""
     kinds = 2 if release.coarse_classes else 1
     height, width, channels = release.shape
     names = release.files[split]

@@ -290,7 +290,7 @@ def test_predict_reads_pictures_of_any_size_as_the_network_read_its_own(comparis
     for i in range(10):
         grey = Image.fromarray(np.round(digits.images[i, :, :, 0] * (255 / 16)).astype(np.uint8))
         paths.append(tmp_path / f"{i}.png")
-        # As large as a picture may be, with borders left and right, in colour.
+        # As large as a picture may be, with borders left and right, in color.
         wide = Image.new("RGB", (60, 40), "red")
         wide.paste(grey.resize((40, 40), Image.Resampling.NEAREST), (10, 0))
         wide.save(paths[-1])

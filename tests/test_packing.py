@@ -415,7 +415,7 @@ FORGERIES = {
     "quantizer of a list": (quantizer_as(name=["Ternary"]), "cannot be read"),
     "no quantizer": (leaf_as(quantizer=None), "cannot be read"),
     "a text for a leaf": (lambda said, arrays: said["packed"].update({"a/kernel": "x"}), "cannot be read"),
-    "option": (option_as(colour="red"), "cannot be"),
+    "option": (option_as(color="red"), "cannot be"),
     "options of nothing": (quantizer_as(options=None), "cannot be read"),
     "wrong option": (option_as(scale="rainbow"), "scale"),
     "option of lists": (option_as(axis=[[1]]), "axis"),

@@ -114,9 +114,14 @@ def decode(codes: jax.Array, levels: Levels) -> jax.Array:
 Over = Callable[[Callable[..., jax.Array], jax.Array], jax.Array]
 
 
+def _least(dtype: jnp.dtype) -> float:
+    """A size so small that the levels below it may be subnormal, which processors may take for zero."""
+    return 1024 * float(jnp.finfo(dtype).tiny)
+
+
 def _unit(top: jax.Array) -> jax.Array:
-    """The largest |w| that share a scale, or 1 where nothing can be measured in it."""
-    return jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+    """What weights that share a scale are measured in: the largest |w|, where that is a size to divide by."""
+    return jnp.where(jnp.isfinite(top), jnp.maximum(top, _least(top.dtype)), 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -296,14 +301,14 @@ class _Fitted(Scaled):
         """
         top = over(jnp.max, size)
         unit = _unit(top)
-        size = size / unit
+        size, peak = size / unit, top / unit
         mean = over(jnp.mean, size)
         shares = [i / (_TRIED - 1) for i in range(_TRIED)]
         exponents = jnp.asarray([*(0.0 for _ in self._magnitudes), *(1 - t for t in shares)], size.dtype)
         factors = jnp.asarray([*(1 / m for m in self._magnitudes), *(1.4**t for t in shares)], size.dtype)
 
         def tried(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            scale = factors[i] * mean ** exponents[i]
+            scale = factors[i] * mean ** exponents[i] * peak ** (1 - exponents[i])
             error = over(jnp.mean, jnp.square(size - scale * self._code(size, scale)))
             is_better = error < best[0]
             return jnp.where(is_better, error, best[0]), jnp.where(is_better, scale, best[1])
@@ -313,10 +318,9 @@ class _Fitted(Scaled):
             norm = over(jnp.mean, q * q)
             return jnp.where(norm > 0, over(jnp.mean, size * q) / jnp.where(norm > 0, norm, 1), scale)
 
-        start = jnp.full_like(mean, jnp.inf), jnp.zeros_like(mean)
-        _, scale = jax.lax.fori_loop(0, factors.size, tried, start)
+        _, scale = jax.lax.fori_loop(0, factors.size, tried, (jnp.full_like(mean, jnp.inf), mean))
         scale = jax.lax.fori_loop(0, _REFINED, refined, scale)
-        return jnp.where(jnp.isfinite(top), unit * scale, top)
+        return jnp.where(jnp.isfinite(top), jnp.maximum(unit * scale, _least(top.dtype)), top)
 
 
 # How many scales between the mean and the maximum are tried, and how often the best of them is refined.

@@ -39,7 +39,7 @@ from experiments.config import DatasetName, ModelName, SettingsError, TrainSetti
 from stam_jax import quantize, tabulate
 
 if TYPE_CHECKING:
-    from experiments.training import Trainer
+    from experiments.training.run import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "flips.json"
 # By where the next step starts: from the relaxed weights, near the latent ones, from the latent ones.
@@ -224,17 +224,18 @@ def benchmark(
         output: JSON file for all that was measured.
     """
     # Flax takes its time to import, which those who only ask for help need not wait for.
-    from experiments import grid, runs
     from experiments.config import Execution
+    from experiments.reporting import run_folder
+    from experiments.training import jobs
 
     common = {"dataset": dataset, "model": model, "width": width, "epochs": epochs, "batch_size": batch_size}
-    facts = {"machine": runs.environment()["machine"], "jax": jax.__version__, "images": images}
+    facts = {"machine": run_folder.environment()["machine"], "jax": jax.__version__, "images": images}
     rows: list[dict[str, Any]] = []
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         for trial, own in TRIALS.items():
             settings = TrainSettings(**common, decay_from=0.75, measure_every=epochs, **own)
-            trainer = grid.trainer(settings, Execution(data_dir=data_dir))
+            trainer = jobs.trainer(settings, Execution(data_dir=data_dir))
             points = [round(share * trainer.steps) for share in POINTS]
             if trainer.steps - points[-1] < LONG or min(np.diff(points)) < LONG:
                 raise SettingsError(f"--epochs: {trainer.steps} steps have no room for windows of {LONG}.")

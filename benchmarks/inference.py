@@ -60,10 +60,12 @@ class Form(NamedTuple):
 
 def form(name: str, graph: Any, tree: Any, images: jax.Array) -> Form:
     """Compile one form."""
-    from experiments import stored
+    from experiments.deployment import packed_network
 
     tree = jax.device_put(tree)
-    compiled = jax.jit(lambda tree, images: stored.apply(graph, tree, images)).lower(tree, images).compile()
+    compiled = (
+        jax.jit(lambda tree, images: packed_network.apply(graph, tree, images)).lower(tree, images).compile()
+    )
     sizes = compiled.memory_analysis()
 
     def run() -> float:
@@ -83,8 +85,9 @@ def form(name: str, graph: Any, tree: Any, images: jax.Array) -> Form:
 def random_network(model: ModelName, width: float) -> tuple[Callable[[Precision], Any], dict[str, Any]]:
     """A function that gives the graph of a network in some precision; packed weights, and statistics."""
     import stam_jax
-    from experiments import models, stored
-    from experiments.data import Images
+    from experiments.data.image_sets import Images
+    from experiments.deployment import packed_network
+    from experiments.networks import models
 
     images = Images(
         labels=tuple("0123456789"),
@@ -96,14 +99,14 @@ def random_network(model: ModelName, width: float) -> tuple[Callable[[Precision]
     draw = lambda key: models.split(models.build(model, images, width=width, key=key))[1:]
     params, stats = jax.jit(draw)(jax.random.key(SEED))
     packed = stam_jax.pack(stam_jax.quantize(params))
-    graph = lambda precision: stored.abstract(model, images, width, precision)[0]
+    graph = lambda precision: packed_network.abstract(model, images, width, precision)[0]
     return graph, {"params": packed, "stats": stats}
 
 
 def forms(model: ModelName, width: float, batch_size: int) -> list[Form]:
     """All forms of a network, compiled for batches of a size."""
     import stam_jax
-    from experiments.folding import fold
+    from experiments.deployment.folding import fold
 
     images = jnp.asarray(
         np.random.default_rng(SEED).integers(0, 256, (batch_size, 32, 32, 3), dtype=np.uint8)

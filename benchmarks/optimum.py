@@ -22,8 +22,8 @@ import numpy as np
 import optax
 from rich.progress import track
 
-from experiments import optimizers
 from experiments.config import Method, TrainSettings
+from experiments.training import optimizers
 from stam_jax import quantize
 
 RESULTS = Path(__file__).parent / "results" / "optimum.json"

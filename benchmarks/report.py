@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import flips, optimum, theorems
-from experiments.report import between
+from experiments.reporting.pages import between
 
 ROOT = Path(__file__).parent.parent
 

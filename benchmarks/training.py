@@ -43,10 +43,10 @@ from rich.table import Table
 
 from benchmarks import command
 from experiments.config import Method, ModelName, Precision, TrainSettings
-from experiments.data import Dataset, Split
+from experiments.data.image_sets import Dataset, Split
 
 if TYPE_CHECKING:
-    from experiments.training import Trainer
+    from experiments.training.run import Trainer
 
 BASE: Method = "float"
 # So long a run that all that is timed comes before the relaxed methods turn hard.
@@ -210,7 +210,7 @@ def peak_bytes_in_use() -> int | None:
 def subject(case: Case, method: Method, steps: int, *, scan: bool) -> Subject:
     """A method on a network, compiled and warmed up."""
     # Flax takes its time to import, which those who only ask for help need not wait for.
-    from experiments.training import Trainer
+    from experiments.training.run import Trainer
 
     settings = TrainSettings(**case._asdict(), method=method, epochs=EPOCHS)
     trainer = Trainer(settings, stand_in(case.batch_size))

@@ -1,35 +1,37 @@
 """The command line: what each command takes, and where it is carried out."""
 
 import json
+import shlex
 import sys
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, ArgumentCollection, CycloptsError, Group, Parameter
 from cyclopts import config as cyclopts_config
 from rich.console import Console
 
 from experiments import config
 from experiments.config import (
+    OUTPUT,
     CompareSettings,
     DivergedError,
     Execution,
     Output,
     Reading,
-    RecipeName,
     Resume,
     SettingsError,
+    Sources,
     StoppedError,
     TableSettings,
     TrainSettings,
-    updated,
 )
 
 RECIPES = Path(__file__).parent / "recipes"
+RESULTS = Path(__file__).parent / "results"
 _TRAIN, _COMPARE, _TABLE = TrainSettings(), CompareSettings(), TableSettings()
-_AGAIN = "To go on, give the same command again; train and compare want the folder as --output, and --resume."
-_EXECUTION, _READING = Execution(), Reading()
+_EXECUTION, _READING, _SOURCES = Execution(), Reading(), Sources()
 
 
 def _console(*, quiet: bool = False) -> Console:
@@ -39,7 +41,8 @@ def _console(*, quiet: bool = False) -> Console:
 
 def _joined(execution: Execution) -> Console:
     """The console of one of the processes that train together: only the first talks."""
-    from experiments import devices
+    print("Starting JAX ...", file=sys.stderr, flush=True)  # It takes seconds.
+    from experiments.data import devices
 
     devices.connect(execution)
     return _console(quiet=not devices.is_first())
@@ -47,19 +50,21 @@ def _joined(execution: Execution) -> Console:
 
 def train(
     settings: Annotated[TrainSettings, Parameter(name="*")] = _TRAIN,
+    sources: Annotated[Sources, Parameter(name="*")] = _SOURCES,
     execution: Annotated[Execution, Parameter(name="*")] = _EXECUTION,
     *,
     output: Output = None,
     resume: Resume = False,
 ) -> None:
     """Train one network with one method."""
-    from experiments import compare as comparison
+    from experiments.training import compare as comparison
 
     comparison.train(settings, execution, output, _joined(execution), resume=resume)
 
 
 def compare(
     settings: Annotated[CompareSettings, Parameter(name="*")] = _COMPARE,
+    sources: Annotated[Sources, Parameter(name="*")] = _SOURCES,
     execution: Annotated[Execution, Parameter(name="*")] = _EXECUTION,
     *,
     output: Output = None,
@@ -67,13 +72,14 @@ def compare(
 ) -> int:
     """Train a network with each method, and compare them in a table and a picture."""
     settings.chosen()
-    from experiments import compare as comparison
+    from experiments.training import compare as comparison
 
     return 1 if comparison.compare(settings, execution, output, _joined(execution), resume=resume) else 0
 
 
 def table(
     settings: Annotated[TableSettings, Parameter(name="*")] = _TABLE,
+    sources: Annotated[Sources, Parameter(name="*")] = _SOURCES,
     execution: Annotated[Execution, Parameter(name="*")] = _EXECUTION,
     *,
     output: Annotated[Path, Parameter(help="Folder of the table; what is finished in it stays.")] = Path(
@@ -83,7 +89,7 @@ def table(
     """Compare methods on several image sets and networks: train what is missing, and write one table."""
     settings.comparisons()
     settings.chosen()
-    from experiments import table as tables
+    from experiments.training import table as tables
 
     return 1 if tables.table(settings, execution, output, _joined(execution)) else 0
 
@@ -103,7 +109,7 @@ def study(
     output
         Folder for the results, by default runs/ and the study's name; what is finished in it stays.
     """
-    from experiments import study as studies
+    from experiments.training import study as studies
 
     path = studies.named(name)
     folder = Path("runs") / path.stem if output is None else output
@@ -125,9 +131,9 @@ def evaluate(
     dataset
         Image set to measure on; by default that of the training.
     """
-    from experiments import inference
+    from experiments.deployment import evaluate as measure
 
-    rows = inference.evaluate(path, dataset, reading, _console())
+    rows = measure.evaluate(path, dataset, reading, _console())
     return 0 if all(row["same"] for row in rows) else 1
 
 
@@ -139,9 +145,9 @@ def inspect(file: Path) -> None:
     file
         A file of stam_jax.save_packed, such as a run's packed.safetensors.
     """
-    from experiments import inference
+    from experiments.deployment import inspect as look
 
-    inference.inspect(file, _console())
+    look.inspect(file, _console())
 
 
 def predict(file: Path, pictures: Annotated[tuple[Path, ...], Parameter(negative="")]) -> None:
@@ -154,9 +160,9 @@ def predict(file: Path, pictures: Annotated[tuple[Path, ...], Parameter(negative
     pictures
         Pictures of any size and kind; their middle is resized to what the network reads.
     """
-    from experiments import inference
+    from experiments.deployment import predict as prediction
 
-    inference.predict(file, pictures, _console())
+    prediction.predict(file, pictures, _console())
 
 
 def export(
@@ -180,7 +186,7 @@ def export(
     license_
         License that the folder's model card names; by default none.
     """
-    from experiments import export as exporting
+    from experiments.deployment import export as exporting
 
     exporting.export(file, to, output, license_, reading, _console())
 
@@ -202,66 +208,111 @@ def prepare(
     """
     if dataset == "digits":
         raise SettingsError("--dataset digits needs no preparation: scikit-learn brings it.")
-    from experiments import prepared
+    from experiments.data import tfds
 
-    folder = prepared.prepare(dataset, reading.data_dir, from_)
+    folder = tfds.prepare(dataset, reading.data_dir, from_)
     _console().print(f"Prepared: {folder}", soft_wrap=True, highlight=False)
 
 
 def report(*pages: Path) -> None:
-    """Write the results on pages from the runs kept under experiments/results.
+    """Write the results on pages from what is kept under experiments/results.
 
     Parameters
     ----------
     pages
         Markdown pages with marks between which the results stand; by default README.md and docs/results.md.
     """
-    from experiments import report as reporting
+    from experiments.reporting import pages as writing
 
-    for page in pages or reporting.PAGES:
+    for page in pages or writing.PAGES:
         if not page.is_file():
             raise SettingsError(f"There is no page {page}.")
-        reporting.write(page)
+        writing.write(page)
+
+
+def collect(*folders: Path, output: Annotated[Path, OUTPUT] = RESULTS) -> None:
+    """Keep the results of finished comparisons and studies, without the folders of their runs.
+
+    Parameters
+    ----------
+    folders
+        Folders of compare or study, or of a comparison in one of table.
+    output
+        Folder to keep them in, each by the name of its folder; one that is there is replaced.
+    """
+    if not folders:
+        raise SettingsError("collect: name the folders of comparisons or studies.")
+    print("Starting JAX ...", file=sys.stderr, flush=True)
+    from experiments.reporting import results
+
+    for folder in folders:
+        results.collect(folder, output / folder.name)
+        _console().print(f"Kept: {output / folder.name}", soft_wrap=True, highlight=False)
+
+
+_COMMANDS = {
+    "Train": (train, compare, table, study),
+    "Use a trained network": (evaluate, inspect, predict, export),
+    "Images and results": (prepare, collect, report),
+}
 
 
 def _application() -> App:
-    """The parser of the commands behind the one of `--config`."""
+    """The parser of the commands."""
     app = App(
         name="python -m experiments",
-        help="Train networks with binary weights and see how the methods compare.",
+        help="Train networks with quantized weights and see how the methods compare.",
         version_flags=[],
         suppress_keyboard_interrupt=False,
+        config=_read_files,
     )
-    app.meta.suppress_keyboard_interrupt = False
-    for command in (train, compare, table, study, evaluate, inspect, predict, export, report, prepare):
-        app.command(command)
+    for place, (title, commands) in enumerate(_COMMANDS.items()):
+        group = Group(title, sort_key=place)
+        for command in commands:
+            app.command(command, group=group)
+    return app
 
-    @app.meta.default
-    def launch(
-        *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-        config: Annotated[
-            Path | None,
-            Parameter(help="JSON file of settings, such as a run's config.json; options override it."),
-        ] = None,
-        recipe: RecipeName = None,
-    ) -> int:
-        sources = []
-        if config is not None:
-            try:
-                values = updated(json.loads(config.read_text()))
-            except (OSError, ValueError, AttributeError) as error:
-                raise SettingsError(f"--config: cannot read {config}: {error}") from error
-            sources.append(cyclopts_config.Dict(values, source=str(config), use_commands_as_keys=False))
-        if recipe is not None:
-            known = sorted(path.stem for path in RECIPES.glob("*.toml"))
-            if recipe not in known:
-                raise SettingsError(f"--recipe: there is no {recipe!r}; choose from {', '.join(known)}.")
-            path = RECIPES / f"{recipe}.toml"
-            sources.append(cyclopts_config.Toml(path, must_exist=True, use_commands_as_keys=False))
-        app.config = tuple(sources)
-        return _call(app, tokens)
 
-    return app.meta
+def _read_files(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Take from files what the command line does not say: what Cyclopts calls before it converts values.
+
+    Raises:
+        SettingsError: if there is no such file, or it cannot be read.
+    """
+
+    def said(option: str) -> str | None:
+        tokens = arguments.get(option).tokens if option in arguments else ()
+        return tokens[-1].value if tokens else None
+
+    def take(source: str, values: Mapping[str, Any]) -> None:
+        # Without a value, as JSON says it, a setting has its default.
+        given = {name: value for name, value in values.items() if value is not None}
+        cyclopts_config.Dict(given, source=source, use_commands_as_keys=False)(app, commands, arguments)
+
+    if (path := said("--config")) is not None:
+        try:
+            take(path, json.loads(Path(path).read_text()))
+        except (OSError, ValueError, AttributeError) as error:
+            raise SettingsError(f"--config: cannot read {path}: {error}") from error
+    if (recipe := said("--recipe")) is not None:
+        values = _recipe(recipe)
+        if commands == ("train",):
+            # One run has one method: what that has of its own is as any other setting.
+            overrides = values.pop("overrides", {})
+            values |= overrides.get(said("--method") or TrainSettings.method, {})
+        take(f"{recipe}.toml", values)
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    """The settings of a recipe.
+
+    Raises:
+        SettingsError: if there is none of that name.
+    """
+    known = sorted(path.stem for path in RECIPES.glob("*.toml"))
+    if name not in known:
+        raise SettingsError(f"--recipe: there is no {name!r}; choose from {', '.join(known)}.")
+    return tomllib.loads((RECIPES / f"{name}.toml").read_text())
 
 
 def _call(app: App, arguments: Sequence[str] | None) -> int:
@@ -274,11 +325,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code.
 
     It is 2 for a wrong setting, told in one line; 1 where training diverged, or `evaluate` finds another
-    accuracy than was recorded, or some runs of several failed; 130 for an interrupt; 143 where the process
-    was asked to stop and saved its state.
+    accuracy than was recorded, or some runs of several failed; 130 or 143 where Ctrl-C or SIGTERM asked it to
+    stop.
     """
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return _call(_application(), arguments)
+        return _call(_application(), given)
     except (CycloptsError, SettingsError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -286,8 +338,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: training diverged. {error}", file=sys.stderr)
         return 1
     except StoppedError as error:
-        print(f"{error}; the state is saved. {_AGAIN}", file=sys.stderr)
-        return 143
+        print(f"{error}; the state is saved. To go on:\n{_again(given, error.folder)}", file=sys.stderr)
+        return 128 + error.number
     except KeyboardInterrupt:
-        print(f"interrupted. {_AGAIN}", file=sys.stderr)
+        print(f"interrupted. To go on:\n{_again(given, None)}", file=sys.stderr)
         return 130
+
+
+def _again(given: Sequence[str], folder: Path | None) -> str:
+    """The command that goes on with what was stopped."""
+    command = ["python", "-m", "experiments", *given]
+    if folder is not None and not any(each.split("=")[0] == "--output" for each in given):
+        command += ["--output", str(folder)]
+    if given and given[0] in ("train", "compare") and folder is not None and "--resume" not in given:
+        command.append("--resume")
+    return f"  {shlex.join(command)}"

@@ -1,13 +1,30 @@
 """What several test modules share: the problem of `reference` in JAX, and a plain training loop."""
 
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from tests import reference
+
+# For what runs once: compiled without optimization, which takes half the time.
+quick_jit: Any = functools.partial(
+    jax.jit,
+    compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+)
+
+
+def slow(values: Iterable[Any]) -> list[Any]:
+    """Parameters that only the slow tests have."""
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+        for value in values
+    ]
 
 
 def start(problem: reference.Problem) -> dict[str, jax.Array]:
@@ -19,10 +36,8 @@ def loss(problem: reference.Problem, params: dict[str, jax.Array]) -> jax.Array:
     return jnp.sum(r**2 / (1 + r**2)) / len(problem.inputs)
 
 
-def train(
-    optimizer: optax.GradientTransformation, problem: reference.Problem
-) -> tuple[dict[str, np.ndarray], Any]:
-    """The parameters after each step, stacked, and the last state of the optimizer."""
+def trajectory(optimizer: optax.GradientTransformation, problem: reference.Problem, start: Any) -> Any:
+    """The parameters after each step, stacked, and the last state of the optimizer; inside jit or vmap."""
 
     def step(carry: Any, noise: Any) -> Any:
         params, state = carry
@@ -31,11 +46,16 @@ def train(
         params = optax.apply_updates(params, updates)
         return (params, state), params
 
-    params = start(problem)
     noise = {"bias": problem.bias_noise, "kernel": problem.kernel_noise}
-    (_, state), history = jax.jit(lambda carry: jax.lax.scan(step, carry, noise))(
-        (params, optimizer.init(params))
-    )
+    (_, state), history = jax.lax.scan(step, (start, optimizer.init(start)), noise)
+    return history, state
+
+
+def train(
+    optimizer: optax.GradientTransformation, problem: reference.Problem
+) -> tuple[dict[str, np.ndarray], Any]:
+    """The same from the start of the problem."""
+    history, state = quick_jit(lambda params: trajectory(optimizer, problem, params))(start(problem))
     return jax.tree.map(np.asarray, history), state
 
 
@@ -54,4 +74,4 @@ def relaxed_at(optimizer: optax.GradientTransformation, params: jax.Array, count
     """The parameters after one step without a gradient, at each of the step counts."""
     state = begin(optimizer, params)
     step = lambda count: take_step(optimizer, 0 * params, state._replace(count=count), params)[0]
-    return jax.jit(jax.vmap(step))(jnp.array(counts))
+    return quick_jit(jax.vmap(step))(np.array(counts))

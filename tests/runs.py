@@ -37,4 +37,4 @@ def relaxed_at(optimizer: Any, kernel: Any, counts: list[int]) -> np.ndarray:
     zeros = jax.tree.map(jnp.zeros_like, params)
     state = helpers.begin(optimizer, params)
     step = lambda count: helpers.take_step(optimizer, zeros, state._replace(count=count), params)[0]["kernel"]
-    return np.asarray(jax.jit(jax.vmap(step))(jnp.array(counts)))
+    return np.asarray(helpers.quick_jit(jax.vmap(step))(np.array(counts)))

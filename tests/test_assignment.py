@@ -1,7 +1,7 @@
 """What is quantized: the default in every framework, patterns, functions, their errors, and the table."""
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -48,7 +48,14 @@ every_use = pytest.mark.parametrize("use", USES.values(), ids=USES)
 
 
 def rows(params: Any, quantizer: Any = Binary()) -> dict[str, Any]:
-    return {row.path: row for row in tabulate(params, quantizer).rows}
+    """The table, for which shapes do: values would be quantized to tell their gap."""
+    is_weight = lambda leaf: isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_weight(leaf) else leaf
+    return {row.path: row for row in tabulate(jax.tree.map(shape, params), quantizer).rows}
+
+
+def gaps(params: Any, quantizer: Any = Binary()) -> list[float]:
+    return [row.gap for row in tabulate(params, quantizer).rows if row.gap is not None]
 
 
 def quantizers(params: Any, quantizer: Any = Binary()) -> dict[str, Quantizer]:
@@ -58,7 +65,7 @@ def quantizers(params: Any, quantizer: Any = Binary()) -> dict[str, Quantizer]:
 
 def has_latent(params: Any, **settings: Any) -> list[str]:
     """The same, as the optimizer has it: the leaves of which it keeps latent weights."""
-    latent = helpers.begin(stam(hard_from=1, **settings), params).latent
+    latent: Any = jax.eval_shape(partial(helpers.begin, stam(hard_from=1, **settings)), params).latent
     return [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, _ in jax.tree.leaves_with_path(latent)
@@ -333,7 +340,7 @@ def test_a_pattern_covers_all_weights_below_a_module_whatever_they_are_called():
 
 
 def test_different_quantizers_in_different_layers_give_each_its_own_levels():
-    params = {name: {"kernel": jnp.asarray(rng.normal(size=(8, 6)), jnp.float32)} for name in "abcd"}
+    params = {name: {"kernel": np.float32(rng.normal(size=(8, 6)))} for name in "abcd"}
     patterns = {"a": None, "b": TENSOR, "c": LeastSquares(axis=()), "*": WHOLE}
     y = quantize(params, patterns)
     assert y["a"]["kernel"] is params["a"]["kernel"]
@@ -343,11 +350,11 @@ def test_different_quantizers_in_different_layers_give_each_its_own_levels():
     assert values["d"] == 1
     # Trained so, each ends at its own levels, and packs by them alone.
     optimizer = stam(optax.sgd(0.1), hard_from=1, quantizer=patterns)
-    state = optimizer.init(params)
-    step = jax.jit(functools.partial(helpers.take_step, optimizer))
+    state = jax.jit(optimizer.init)(params)
+    step = helpers.quick_jit(partial(helpers.take_step, optimizer))
     for _ in range(3):
         params, state = step(params, state, params)
-    assert max(row.gap for row in rows(params, patterns).values() if row.quantizer) <= 2e-6
+    assert max(gaps(params, patterns)) <= 2e-6
     pack(params, patterns)
     with pytest.raises(ValueError, match="'a/kernel'"):
         pack(params)
@@ -435,7 +442,7 @@ def test_a_function_decides_by_path_and_shape_and_is_given_no_values():
     assert list(seen) == list(rows(NETWORK, rule))
     for path, leaf in seen.items():
         assert type(leaf) is jax.ShapeDtypeStruct
-        assert (leaf.shape, leaf.dtype) == (rows(NETWORK)[path].shape, jnp.dtype(leaf.dtype))
+        assert leaf.shape == rows(NETWORK)[path].shape
 
 
 @every_use
@@ -542,17 +549,6 @@ def test_whatever_has_scales_and_levels_is_a_quantizer(quantizer):
 # The table.
 
 
-def hard_network(quantizer: Any) -> Any:
-    """A network that has been trained until it is hard."""
-    params = {"kernel": jnp.asarray(rng.normal(size=(3, 3, 4, 8)), jnp.float32), "bias": jnp.ones(8)}
-    optimizer = stam(optax.sgd(0.1, momentum=0.9), hard_from=2, quantizer=quantizer)
-    state = optimizer.init(params)
-    step = jax.jit(functools.partial(helpers.take_step, optimizer))
-    for _ in range(4):
-        params, state = step(params, state, params)
-    return params
-
-
 GROUPS = Binary(group=2, group_axis=-2)
 # Of the training, and of a call that gives another one.
 PAIRS = {
@@ -560,28 +556,36 @@ PAIRS = {
     "no-scale": (Binary(), WHOLE),
     "groups": (GROUPS, Binary()),
     "three-levels": (Ternary(), Binary()),
-    "fifteen-levels": (FOUR_BITS, Ternary()),
+    "fifteen-levels": (FOUR_BITS, Binary()),
     "four-levels": (LeastSquares(), Binary()),
 }
 
 
 @pytest.mark.parametrize(("quantizer", "other"), PAIRS.values(), ids=PAIRS)
 def test_the_gap_tells_the_quantizer_of_the_training_from_another(quantizer, other):
-    params = hard_network(quantizer)
-    assert rows(params, quantizer)["kernel"].gap <= 2e-6
-    assert rows(params, other)["kernel"].gap > 1e-2
+    weights = {"kernel": np.float32(rng.normal(size=(3, 3, 4, 8))), "bias": np.ones(8, np.float32)}
+    params = quantize(weights, quantizer)
+    assert gaps(params, quantizer)[0] <= 2e-6
+    assert gaps(params, other)[0] > 1e-2
 
 
 def test_the_gap_is_the_distance_to_the_quantized_weights_relative_to_the_norm():
     x = rng.normal(size=(5, 7))
     s = np.mean(np.abs(x), axis=0)
     expected = np.linalg.norm(np.where(x >= 0, s, -s) - x) / np.linalg.norm(x)
-    row = rows({"kernel": jnp.asarray(x, jnp.float32)})["kernel"]
-    np.testing.assert_allclose(row.gap, expected, rtol=1e-5)
-    assert tabulate({"kernel": jnp.zeros((3, 3))}).rows[0].gap == 0
+    np.testing.assert_allclose(gaps({"kernel": np.float32(x)}), [expected], rtol=1e-5)
+    assert gaps({"kernel": np.zeros((5, 7), np.float32)}) == [0]
 
 
-@pytest.mark.parametrize("quantizer", [Binary(), GROUPS, Ternary(), Uniform(bits=3), LeastSquares()], ids=str)
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        GROUPS,
+        Uniform(bits=3),
+        *(pytest.param(q, marks=pytest.mark.slow) for q in (Binary(), Ternary(), LeastSquares())),
+    ],
+    ids=str,
+)
 def test_the_table_counts_the_bits_that_packing_takes(quantizer):
     params = {
         "conv": {"kernel": jnp.ones((3, 3, 2, 11)), "bias": jnp.ones(11)},
@@ -631,7 +635,7 @@ def test_the_printed_table_has_a_line_per_leaf_and_the_totals():
     assert f"{table.nbytes:,}" in total
 
 
-RANKS = [Binary(), Binary(axis=0), TENSOR, WHOLE, Binary(group=2), Ternary(), LeastSquares()]
+RANKS = [WHOLE, Binary(group=2), LeastSquares()]
 
 
 @pytest.mark.parametrize("quantizer", RANKS, ids=str)

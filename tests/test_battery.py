@@ -1,6 +1,5 @@
 """What holds for every method of the package alike, around an optimizer and, where it can be, behind one."""
 
-import inspect
 import os
 import subprocess
 import sys
@@ -27,26 +26,40 @@ from stam_jax import (
     quantizers,
     tabulate,
 )
-from tests import helpers, home_made
+from tests import helpers
 from tests.methods import AROUND_ONLY, CHAINED, METHODS, STEPS
 
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 every_link = pytest.mark.parametrize("method", CHAINED.values(), ids=CHAINED)
+
+
+def mostly_slow(methods: Any, always: Any) -> Any:
+    """Every method, only these always and the others among the slow tests."""
+    marks = {name: () if name in always else pytest.mark.slow for name in methods}
+    params = [pytest.param(method, marks=marks[name], id=name) for name, method in methods.items()]
+    return pytest.mark.parametrize("method", params)
+
+
+# One for each kind of state.
+every_state = mostly_slow(METHODS, ("stam", "admm_quant", "bop"))
+any_link = mostly_slow(CHAINED, ("stam",))
 every_dtype = pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 
 # Binary least squares: a planted sign pattern seen through noise, so that no float solution is binary.
 rng = np.random.default_rng(0)
-INPUTS = jnp.asarray(rng.normal(size=(128, 16)), jnp.float32)
-SIGNS = jnp.asarray(np.where(rng.normal(size=(16, 4)) > 0, 1.0, -1.0), jnp.float32)
-BIAS = jnp.asarray(rng.normal(size=4), jnp.float32)
-TARGETS = INPUTS @ SIGNS + BIAS + jnp.asarray(rng.normal(size=(128, 4)), jnp.float32)
-START = {"bias": jnp.zeros(4), "kernel": jnp.asarray(0.1 * rng.normal(size=(16, 4)), jnp.float32)}
+INPUTS = np.float32(rng.normal(size=(128, 16)))
+SIGNS = np.float32(np.where(rng.normal(size=(16, 4)) > 0, 1.0, -1.0))
+BIAS = np.float32(rng.normal(size=4))
+TARGETS = INPUTS @ SIGNS + BIAS + np.float32(rng.normal(size=(128, 4)))
+START = jax.tree.map(
+    jnp.asarray, {"bias": np.zeros(4, np.float32), "kernel": np.float32(0.1 * rng.normal(size=(16, 4)))}
+)
 
 SGD = optax.sgd(0.05)
 MOMENTUM = optax.sgd(0.05, momentum=0.9)
 
 
-def loss(params: Any, inputs: jax.Array = INPUTS, targets: jax.Array = TARGETS) -> jax.Array:
+def loss(params: Any, inputs: Any = INPUTS, targets: Any = TARGETS) -> jax.Array:
     return jnp.sum((inputs @ params["kernel"] + params["bias"] - targets) ** 2) / (2 * len(inputs))
 
 
@@ -55,10 +68,14 @@ def train(optimizer: optax.GradientTransformation, steps: int) -> Any:
         params, state = carry
         return helpers.take_step(optimizer, jax.grad(loss)(params), state, params), None
 
-    return jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps)[0])((START, optimizer.init(START)))
+    return helpers.quick_jit(lambda carry: jax.lax.scan(step, carry, length=steps)[0])(
+        (START, optimizer.init(START))
+    )
 
 
-NOISE = [jax.tree.map(lambda x, k=k: jnp.cos(7 * k + 50 * x), START) for k in range(6)]
+NOISE = [
+    jax.tree.map(lambda x, k=k: jnp.asarray(np.cos(7 * k + 50 * np.asarray(x))), START) for k in range(6)
+]
 
 
 def steps(optimizer: Any, gradients: Any, start: Any = START) -> Any:
@@ -110,7 +127,7 @@ def test_it_finds_the_planted_signs(method):
     assert_planted(train(method(optax.sgd(optax.linear_schedule(0.05, 0.0, STEPS))), STEPS)[0])
 
 
-@every_method
+@every_state
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_what_is_not_quantized_takes_the_step_of_the_optimizer_exactly(method, dtype):
     cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
@@ -123,7 +140,7 @@ def test_what_is_not_quantized_takes_the_step_of_the_optimizer_exactly(method, d
     assert np.all(params["bias"] != 0)
 
 
-@every_method
+@every_state
 def test_jit_changes_nothing(method):
     optimizer = method(MOMENTUM)
     jitted = jax.jit(lambda gradients, state, params: helpers.take_step(optimizer, gradients, state, params))
@@ -161,12 +178,12 @@ def test_parameters_keep_their_types_and_what_is_kept_of_a_quantized_leaf_is_wid
     assert bool(kept) == (method is not METHODS["stam_proximal"])
 
 
-@every_method
+@every_state
 def test_two_runs_are_the_same_bit_for_bit(method):
     assert_equal(train(method(MOMENTUM), 50), train(method(MOMENTUM), 50))
 
 
-@every_method
+@every_state
 def test_injected_hyperparameters_can_change_without_a_new_trace(method):
     rates = [0.05 / (k + 1) for k in range(len(NOISE))]
     expected, state = START, method(SGD).init(START)
@@ -190,7 +207,7 @@ def test_injected_hyperparameters_can_change_without_a_new_trace(method):
         assert len(traces) == 1
 
 
-@every_method
+@every_state
 def test_a_part_of_a_tree_can_be_its_own(method):
     expected, expected_state = steps(method(MOMENTUM), NOISE)
     parts = {"kernel": "quantized", "bias": "float"}
@@ -214,7 +231,7 @@ def test_a_part_of_a_tree_can_be_its_own(method):
 def assert_two_small_batches_are_one_large_one(optimizer: Any) -> None:
     multiple = optax.MultiSteps(optimizer, 2).gradient_transformation()
 
-    @jax.jit
+    @helpers.quick_jit
     def both(small: Any, large: Any) -> Any:
         """Two small steps and a large one."""
         for rows in (slice(0, 64), slice(64, 128)):
@@ -228,12 +245,12 @@ def assert_two_small_batches_are_one_large_one(optimizer: Any) -> None:
     assert_same((small[0], own(small[1])), (large[0], own(large[1])))
 
 
-@every_method
+@every_state
 def test_two_small_batches_are_one_large_one(method):
     assert_two_small_batches_are_one_large_one(method(MOMENTUM))
 
 
-@every_method
+@every_state
 def test_a_step_that_is_not_finite_changes_nothing(method):
     optimizer = optax.apply_if_finite(method(MOMENTUM), 3)
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, NOISE[0])
@@ -315,19 +332,23 @@ UNUSUAL = {
 }
 
 
-@every_method
+@every_state
 def test_unusual_trees_stay_as_they_are(method):
+    def two_steps(tree: Any) -> Any:
+        after, state = steps(method(MOMENTUM), [tree, tree], tree)
+        return after, state, quantize(after)
+
     assert [row.path for row in tabulate(UNUSUAL).rows if row.quantizer] == [
         "empty/kernel",
         "ragged/0/kernel",
         "ragged/1/1/w",
         "zeros/weight",
     ]
-    after, state = steps(method(MOMENTUM), [UNUSUAL, UNUSUAL], UNUSUAL)
+    after, state, quantized = helpers.quick_jit(two_steps)(UNUSUAL)
     assert jax.tree.structure(after) == jax.tree.structure(UNUSUAL)
     types = lambda tree: jax.tree.map(lambda leaf: (jnp.shape(leaf), leaf.dtype), tree)
     assert types(after) == types(UNUSUAL)
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((after, state, quantize(after))))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((after, state, quantized)))
     for nothing in ({}, (), {"none": None}):
         assert steps(method(MOMENTUM), [nothing], nothing)[0] == nothing
 
@@ -342,12 +363,12 @@ def assert_donated(optimizer: Any) -> None:
     assert_same(after, steps(optimizer, NOISE[:1]))
 
 
-@every_method
+@every_state
 def test_parameters_and_state_can_be_donated(method):
     assert_donated(method(MOMENTUM))
 
 
-@every_method
+@every_state
 def test_seeds_under_vmap_are_the_loop_over_seeds(method):
     optimizer = method(MOMENTUM)
 
@@ -355,7 +376,7 @@ def test_seeds_under_vmap_are_the_loop_over_seeds(method):
         params, state = steps(optimizer, NOISE[:2], jax.tree.map(lambda leaf: scale * leaf, START))
         return params, state, quantize(params)
 
-    together = jax.jit(jax.vmap(run))(jnp.array([1.0, 0.5, -2.0]))
+    together = helpers.quick_jit(jax.vmap(run))(jnp.array([1.0, 0.5, -2.0]))
     for i, scale in enumerate([1.0, 0.5, -2.0]):
         assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], together), run(jnp.array(scale)))
 
@@ -397,7 +418,7 @@ def test_without_the_optimizer_that_it_needs_it_is_told(name):
 # Behind an optimizer, as a link of a chain.
 
 
-@every_link
+@any_link
 def test_as_a_link_it_finds_the_planted_signs_too(method):
     sgd = optax.sgd(optax.linear_schedule(0.05, 0.0, STEPS))
     assert_planted(train(optax.chain(optax.clip_by_global_norm(10.0), sgd, method()), STEPS)[0])
@@ -418,19 +439,14 @@ def test_as_a_link_it_keeps_all_types_and_wide_latent_weights(method, dtype, x64
     assert kept == [jnp.promote_types(dtype, jnp.float32)] * (method in KEEP_LATENT.values())
 
 
-@every_link
+@any_link
 def test_as_a_link_it_can_be_accumulated_for_and_donated(method):
     optimizer = optax.chain(MOMENTUM, method())
     assert_two_small_batches_are_one_large_one(optimizer)
     assert_donated(optimizer)
 
 
-# A method of one's own, and many devices.
-
-
-def test_a_method_of_ones_own_takes_twenty_lines_at_most():
-    pieces = (home_made.Shifts, home_made.Cubic, home_made.home_made)
-    assert sum(len(inspect.getsource(piece).splitlines()) for piece in pieces) <= 20
+# Many devices.
 
 
 QUANTIZERS = (
@@ -444,12 +460,20 @@ QUANTIZERS = (
 )
 
 
-def check_sharding() -> None:
+def check_representatives() -> None:
+    check_sharding(("stam", "admm_quant"), (Binary(group=4), LeastSquares()))
+
+
+def check_all() -> None:
+    check_sharding(METHODS, QUANTIZERS)
+
+
+def check_sharding(names: Any, some_quantizers: Any) -> None:
     """Methods and quantizers, with rows of weights and data spread over eight devices, against one device."""
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
     rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("rows",), ()))
     inputs, targets = (jax.device_put(array, rows) for array in (INPUTS, TARGETS))
-    optimizers = {name: method(MOMENTUM) for name, method in METHODS.items()}
+    optimizers = {name: METHODS[name](MOMENTUM) for name in names}
     optimizers["chain"] = optax.chain(MOMENTUM, METHODS["stam"]())
     for name, optimizer in optimizers.items():
 
@@ -473,17 +497,16 @@ def check_sharding() -> None:
         jax.tree.map(compare, (params, state), (expected, expected_state))
         jax.tree.map(compare, quantize(params), quantize(expected))
     v = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), jnp.float32)
-    for quantizer in QUANTIZERS:
+    for quantizer in some_quantizers:
         project = jax.jit(lambda v, q=quantizer: quantizers.nearest(v, quantizers.levels_of(q, v)))
         spread, alone = project(jax.device_put(v, rows)), project(v)
         np.testing.assert_allclose(spread, alone, rtol=1e-5, atol=1e-6, err_msg=str(quantizer))
 
 
-def test_weights_spread_over_eight_devices_train_as_on_one():
+@pytest.mark.parametrize("check", [check_representatives, pytest.param(check_all, marks=pytest.mark.slow)])
+def test_weights_spread_over_eight_devices_train_as_on_one(check):
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
-    code = (
-        "import jax; assert jax.device_count() == 8; from tests import test_battery as t; t.check_sharding()"
-    )
+    code = f"import jax; assert jax.device_count() == 8; from tests.test_battery import *; {check.__name__}()"
     result = subprocess.run(
         [sys.executable, "-c", code],
         env=environment,

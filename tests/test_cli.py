@@ -14,9 +14,10 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import stam_jax
-from experiments import data, grid, inference, optimizers, stored
 from experiments.cli import main
-from experiments.config import TrainSettings
+from experiments.data import image_sets
+from experiments.deployment import packed_network, predict
+from experiments.reporting import results, run_folder
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--epochs", "2", "--width", "0.125", "--batch-size", "128")
@@ -54,23 +55,24 @@ def test_compare_prints_one_table_and_where_the_files_are(comparison):
     folder, printed = comparison
     lines = printed.splitlines()
     assert [line.split()[0] for line in lines if "99." not in line and " - " in line][:1] == ["float"]
-    for words in ("hard", "relaxed", "binary", "packed", "seconds", "over 2 seeds"):
+    for words in ("quantized", "relaxed", "packed", "seconds", "over 2 seeds"):
         assert words in printed
-    for name in ("curves.png", "result.json"):
-        assert lines[-2 if name == "curves.png" else -1].endswith(f"runs/{folder.name}/{name}")
+    assert "One of the 450 test images is 0.22 points" in printed
+    for name in ("curves.png", "results.csv"):
+        assert any(line.endswith(f"runs/{folder.name}/{name}") for line in lines)
         assert (folder / name).is_file()
 
 
 def test_compare_leaves_a_row_per_run_and_a_line_per_epoch(comparison):
     folder, _ = comparison
-    rows = json.loads((folder / "result.json").read_text())
+    rows = run_folder.read_csv(folder / "results.csv")
     assert [(row["method"], row["seed"]) for row in rows] == [
         ("float", 0), ("float", 1), ("stam", 0), ("stam", 1),
     ]  # fmt: skip
     for row in rows:
         place = folder / f"{row['method']}-seed{row['seed']}"
         assert row["bytes_float"] == (place / "relaxed.safetensors").stat().st_size
-        lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        lines = run_folder.read_csv(place / "metrics.csv")
         assert [line["epoch"] for line in lines] == [1, 2]
         assert 0 <= row["relaxed_accuracy"] <= 1
         if row["method"] == "stam":
@@ -78,14 +80,14 @@ def test_compare_leaves_a_row_per_run_and_a_line_per_epoch(comparison):
             assert row["bytes_packed"] < row["bytes_float"]
             assert row["binary_share"] > 0.9
             assert lines[0]["sign_flips"] > 0
-            assert lines[0]["quantisation_gap"] > lines[1]["quantisation_gap"]
+            assert lines[0]["quantization_gap"] > lines[1]["quantization_gap"]
         else:
             assert row["hard_accuracy"] is None
 
 
 def test_every_run_says_what_it_was_run_with(comparison):
     folder, _ = comparison
-    environment = json.loads((folder / "environment.json").read_text())
+    (environment,) = json.loads((folder / "environment.json").read_text())
     assert environment["arguments"][0] == "compare"
     assert {"jax", "optax", "flax", "stam-jax"} <= environment["packages"].keys()
     assert environment["xla_flags"] == os.environ.get("XLA_FLAGS", "")
@@ -94,30 +96,19 @@ def test_every_run_says_what_it_was_run_with(comparison):
     assert (config["method"], config["seed"], config["epochs"]) == ("stam", 1, 2)
 
 
-def test_a_config_repeats_its_run_to_the_last_bit(comparison, tmp_path):
-    folder, _ = comparison
-    before = folder / "stam-seed1"
-    done = run(tmp_path, "train", "--config", str(before / "config.json"), "--output", "again")
-    assert done.returncode == 0, done.stderr
-    for name in ("relaxed.safetensors", "packed.safetensors"):
-        first, second = load_file(before / name), load_file(tmp_path / "again" / name)
-        assert {k: v.tobytes() for k, v in first.items()} == {k: v.tobytes() for k, v in second.items()}
-    again = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert again == json.loads((before / "config.json").read_text())
-
-
-def test_the_config_of_a_comparison_repeats_it(comparison, tmp_path, monkeypatch, capsys):
+def test_a_config_repeats_its_run_to_the_last_bit(comparison, tmp_path, monkeypatch):
     folder, _ = comparison
     monkeypatch.chdir(tmp_path)
+    before = folder / "stam-seed1"
+    assert main(["train", "--config", str(before / "config.json"), "--output", "again"]) == 0
     config = ["--config", str(folder / "config.json"), "--methods", "stam", "--seeds", "1"]
-    assert main(["compare", *config, "--output", "again"]) == 0
-    (again,) = json.loads(Path("again/result.json").read_text())
-    (before,) = (
-        row
-        for row in json.loads((folder / "result.json").read_text())
-        if row["method"] == "stam" and row["seed"] == 0
-    )
-    assert again | {"seconds": 0} == before | {"seconds": 0}
+    assert main(["compare", *config, "--output", "all"]) == 0
+    for place, again in ((before, "again"), (folder / "stam-seed0", "all/stam-seed0")):
+        for name in ("relaxed.safetensors", "packed.safetensors"):
+            first, second = load_file(place / name), load_file(tmp_path / again / name)
+            assert {k: v.tobytes() for k, v in first.items()} == {k: v.tobytes() for k, v in second.items()}
+        for name in ("config.json",):
+            assert (Path(again) / name).read_text() == (place / name).read_text()
 
 
 def test_other_seeds_give_other_networks(comparison):
@@ -157,7 +148,8 @@ def altered(folder: Path, to: Path, **metadata: Any) -> str:
 
 def test_evaluate_says_when_a_file_does_not_do_as_it_did(comparison, tmp_path, capsys):
     folder, _ = comparison
-    recorded = json.loads((folder / "stam-seed0" / "result.json").read_text())[0]["hard_accuracy"]
+    (row,) = run_folder.read_csv(folder / "stam-seed0" / "results.csv")
+    recorded = row["hard_accuracy"]
     assert main(["evaluate", altered(folder, tmp_path, test_accuracy=recorded)]) == 0
     # A single image of the 450 more.
     assert main(["evaluate", altered(folder, tmp_path, test_accuracy=recorded + 1 / 450)]) == 1
@@ -189,11 +181,16 @@ def test_evaluate_says_when_a_file_does_not_do_as_it_did(comparison, tmp_path, c
         (["train", "--decay-epochs", "40"], "--decay-epochs: 40 should rise and end before --epochs, 40"),
         (["train", "--width", "0"], '"0.0" for --width'),
         (["train", "--recipe", "magic"], "there is no 'magic'; choose from best, binary_relax, cpu, parq"),
-        (["train", "--own.part.learning-rate", "0.1"], "--own: there is no method 'part'; choose"),
-        (["train", "--own.stam.learning-rate", "0"], "--own.stam: Invalid value"),
-        (["compare", "--own.stam.part", "1"], "--own.stam: Unknown option"),
-        (["table", "--own.parq.inertia", "1", "--methods", "stam", "parq"], "--inertia: only with --method"),
-        (["compare", "--own.stam.seed", "1"], "--own.stam: seed cannot be a method's own"),
+        (["compare", "--overrides.part.learning-rate", "0.1"], "--overrides.part.learning-rate"),
+        (["compare", "--overrides.stam.learning-rate", "0"], '"0.0" for --overrides.stam.learning-rate'),
+        (["table", "--overrides.stam.seed", "1"], "--overrides.stam.seed"),
+        (["train", "--bits", "5"], '"5" for --bits'),
+        (["train", "--quantizer", "least_squares", "--scale", "none"], "--scale none: least_squares"),
+        (["train", "--method", "stam_proximal", "--optimizer", "adamw"], "--method stam_proximal takes"),
+        (["train", "--method", "admm_quant", "--optimizer", "adamw"], "say so by --decay-latent"),
+        (["inspect", "--recipe", "cpu"], "--recipe"),
+        (["collect"], "name the folders"),
+        (["collect", "missing"], "missing holds no results"),
         (["train", "--resume"], "--output: name the folder"),
         (["train", "--coordinator", "localhost:1"], "give --processes and --process as well"),
         (["train", "--processes", "2"], "only with --coordinator HOST:PORT"),
@@ -216,8 +213,8 @@ def test_a_wrong_setting_gets_one_clear_line_and_writes_nothing(
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert said in printed.err
-    assert printed.err.startswith("error: ")
-    assert printed.err.count("\n") == 1
+    assert printed.err.removeprefix("Starting JAX ...\n").startswith("error: ")
+    assert printed.err.removeprefix("Starting JAX ...\n").count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -256,8 +253,8 @@ def test_a_file_of_another_network_than_it_says_is_refused(comparison, tmp_path,
 def test_evaluate_wants_images_like_those_of_training(comparison, monkeypatch, capsys):
     folder, _ = comparison
     assert main(["evaluate", str(network_file(folder)), "--dataset", "digits"]) == 0
-    wider = dataclasses.replace(data.load("digits"), shape=(8, 9, 1))
-    monkeypatch.setattr(grid, "dataset", lambda *rest: wider)
+    wider = dataclasses.replace(image_sets.load("digits"), shape=(8, 9, 1))
+    monkeypatch.setattr("experiments.deployment.evaluate.loaded", lambda *rest: wider)
     assert main(["evaluate", str(network_file(folder)), "--dataset", "mnist"]) == 2
     assert "--dataset mnist: its images are (8, 9, 1) of 10 kinds" in capsys.readouterr().err
 
@@ -284,8 +281,8 @@ def test_inspect_shows_that_every_kernel_is_packed_with_a_scale_per_channel(comp
 
 def test_predict_reads_pictures_of_any_size_as_the_network_read_its_own(comparison, tmp_path, capsys):
     folder, _ = comparison
-    network = stored.load(folder / "stam-seed0" / "packed.safetensors")
-    digits = data.load("digits").test
+    network = packed_network.load(folder / "stam-seed0" / "packed.safetensors")
+    digits = image_sets.load("digits").test
     paths = []
     for i in range(10):
         grey = Image.fromarray(np.round(digits.images[i, :, :, 0] * (255 / 16)).astype(np.uint8))
@@ -294,21 +291,21 @@ def test_predict_reads_pictures_of_any_size_as_the_network_read_its_own(comparis
         wide = Image.new("RGB", (60, 40), "red")
         wide.paste(grey.resize((40, 40), Image.Resampling.NEAREST), (10, 0))
         wide.save(paths[-1])
-        np.testing.assert_array_equal(inference.read_picture(paths[-1], network.images), digits.images[i])
+        np.testing.assert_array_equal(predict.read_picture(paths[-1], network.images), digits.images[i])
     assert main(["predict", str(network_file(folder)), *map(str, paths)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if ".png" in line]
-    chances = stored.probabilities(network, digits.images[:10])
+    chances = packed_network.probabilities(network, digits.images[:10])
     np.testing.assert_allclose(chances.sum(axis=1), 1, rtol=1e-5)
     assert [line[1] for line in lines] == [network.images.labels[k] for k in chances.argmax(axis=1)]
 
 
 def test_pictures_of_two_bytes_a_pixel_are_read_as_those_of_one(comparison, tmp_path):
     folder, _ = comparison
-    images = stored.load(network_file(folder)).images
+    images = packed_network.load(network_file(folder)).images
     ramp = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
     Image.fromarray(ramp).save(tmp_path / "one.png")
     Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "two.png")
-    one, two = (inference.read_picture(tmp_path / name, images) for name in ("one.png", "two.png"))
+    one, two = (predict.read_picture(tmp_path / name, images) for name in ("one.png", "two.png"))
     np.testing.assert_array_equal(two, one)
     assert len(np.unique(one)) == 17
 
@@ -334,13 +331,13 @@ def test_predict_says_what_it_cannot_read(comparison, tmp_path, capsys):
 
 def test_divergence_and_interrupts_have_exit_codes_of_their_own(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["train", *TINY, "--learning-rate", "1e30"]) == 1
-    assert "error: training diverged. stam: the loss is nan in epoch 1" in capsys.readouterr().err
+    assert main(["train", *TINY, "--method", "float", "--learning-rate", "1e30"]) == 1
+    assert "error: training diverged. float: the loss is nan in epoch 1" in capsys.readouterr().err
 
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("experiments.compare.train", interrupted)
+    monkeypatch.setattr("experiments.training.compare.train", interrupted)
     assert main(["train", *TINY]) == 130
     assert "interrupted" in capsys.readouterr().err
 
@@ -364,36 +361,13 @@ def test_inspect_refuses_a_file_in_which_nothing_is_packed(tmp_path, capsys):
 KEPT = ROOT / "experiments" / "results"
 
 
-def quantizers_of(settings: TrainSettings) -> Any:
-    """What is quantized by some settings, on a network as small as may be."""
-    images = data.load("digits")
-    _, params, _ = stored.abstract(settings.model, images, 0.01, "float32")
-    return optimizers.choose(params, settings)
-
-
-@pytest.mark.parametrize("config", sorted(KEPT.glob("*/config.json")), ids=lambda path: path.parent.name)
-def test_the_command_of_every_kept_comparison_is_one_of_this_version(config, monkeypatch):
+@pytest.mark.parametrize("folder", results.folders(KEPT, studies=False), ids=lambda path: path.name)
+def test_the_command_of_every_kept_comparison_is_one_of_this_version(folder, monkeypatch):
     given = []
     take = lambda settings, *rest, **options: given.append(settings)
-    monkeypatch.setattr("experiments.compare.compare", take)
-    assert main(["compare", "--config", str(config)]) == 0
-    values = json.loads(config.read_text())
-    assert given[0].as_dict()["own"] == values["own"]
-    for method in given[0].chosen():
-        assert quantizers_of(given[0].run(method, 0).settled())
-
-
-def test_the_config_of_a_kept_run_is_refused_where_it_did_what_this_version_cannot(monkeypatch, capsys):
-    given = []
-    monkeypatch.setattr(
-        "experiments.compare.train", lambda settings, *rest, **options: given.append(settings)
-    )
-    plain = KEPT / "pull" / "hard_from=0.5,pull=0-seed1" / "config.json"
-    assert main(["train", "--config", str(plain)]) == 0
-    assert (given[0].hard_from, given[0].inertia, given[0].seed) == (0.5, 1.0, 1)
-    assert main(["train", "--config", str(plain).replace("pull=0-", "pull=0.01-")]) == 2
-    assert "pull" in capsys.readouterr().err
-    assert len(given) == 1
+    monkeypatch.setattr("experiments.training.compare.compare", take)
+    assert main(["compare", "--config", str(folder / "config.json")]) == 0
+    assert given[0].as_dict() == json.loads((folder / "config.json").read_text())
 
 
 def test_options_win_over_the_config(tmp_path, monkeypatch, capsys):
@@ -419,4 +393,5 @@ def test_the_exit_code_reaches_the_shell_and_help_is_for_everyone(tmp_path):
     helped = run(tmp_path, "train", "--help")
     assert helped.returncode == 0
     assert "--learning-rate" in helped.stdout
+    assert "--recipe" not in run(tmp_path, "inspect", "--help").stdout
     assert not list(tmp_path.iterdir())

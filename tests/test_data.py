@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from experiments import data, prepared, releases
 from experiments.config import DatasetName, SettingsError
-from experiments.releases import RELEASES, Files, Part, Release
+from experiments.data import downloads, image_sets, tfds
+from experiments.data.downloads import RELEASES, Files, Part, Release
 
 NAMES: tuple[DatasetName, ...] = ("cifar10", "cifar100", "mnist", "fashion_mnist", "svhn_cropped")
 TRAIN, TEST, HELD_OUT = 20, 6, 7
@@ -113,12 +113,12 @@ def data_dir(name: str, loose: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("prepared")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setitem(RELEASES, name, small(name))
-        prepared.prepare(name, folder, loose)
+        tfds.prepare(name, folder, loose)
     return folder
 
 
 def parsed(name: str, source: Path) -> list[Part]:
-    return list(releases.parse(RELEASES[name], Files(RELEASES[name], source)))
+    return list(downloads.parse(RELEASES[name], Files(RELEASES[name], source)))
 
 
 def same_as_drawn(parts: list[Part], name: str) -> bool:
@@ -132,7 +132,7 @@ def same_as_drawn(parts: list[Part], name: str) -> bool:
     return True
 
 
-def images_with_labels(*splits: data.Split) -> list[tuple[bytes, int]]:
+def images_with_labels(*splits: image_sets.Split) -> list[tuple[bytes, int]]:
     return sorted(
         (image.tobytes(), int(label))
         for split in splits
@@ -174,14 +174,14 @@ def test_idx_files_are_read_unpacked_too(tmp_path):
 
 def test_label_names_are_read_where_they_are_told(tmp_path):
     folder, release = write(tmp_path / "files", "cifar100"), RELEASES["cifar100"]
-    names = releases.label_names(release, Files(release, folder))
+    names = downloads.label_names(release, Files(release, folder))
     assert {kind: (len(found), found[1]) for kind, found in names.items()} == {
         "label": (100, "label1"),
         "coarse_label": (20, "coarse_label1"),
     }
     for file in release.label_files.values():
         (folder / file).unlink()
-    assert releases.label_names(release, Files(release, folder)) == {}
+    assert downloads.label_names(release, Files(release, folder)) == {}
     assert same_as_drawn(parsed("cifar100", folder), "cifar100")
 
 
@@ -265,9 +265,9 @@ def test_a_damaged_file_is_named_and_nothing_is_written(name, damage, message, t
     folder = write(tmp_path / "files", name)
     damage(folder)
     with pytest.raises(SettingsError, match=message) as raised:
-        prepared.prepare(name, tmp_path / "data", folder)
+        tfds.prepare(name, tmp_path / "data", folder)
     assert "\n" not in str(raised.value)
-    assert prepared.find(name, tmp_path / "data") is None
+    assert tfds.find(name, tmp_path / "data") is None
 
 
 def forged(path: Path, *members: tuple[str, bytes | str]) -> Path:
@@ -307,7 +307,7 @@ TARBALLS = {
 def test_a_wrong_tarball_is_refused(forge, message, tmp_path):
     tarball = forge(tmp_path / "given.tar")
     with pytest.raises(SettingsError, match=message) as raised:
-        prepared.prepare("cifar10", tmp_path / "data", tarball)
+        tfds.prepare("cifar10", tmp_path / "data", tarball)
     assert str(tarball) in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -343,11 +343,11 @@ def test_what_is_prepared_the_stock_entry_point_reads_exactly(name, data_dir):
     for split, part in drawn(RELEASES[name]).items():
         source = tfds.data_source(name, split=split, data_dir=data_dir, download=False)
         examples: list[Any] = list(source)
-        read = data.Split(
+        read = image_sets.Split(
             np.stack([example["image"] for example in examples]),
             np.array([example["label"] for example in examples]),
         )
-        assert images_with_labels(read) == images_with_labels(data.Split(part.images, part.labels))
+        assert images_with_labels(read) == images_with_labels(image_sets.Split(part.images, part.labels))
         if part.coarse_labels is not None:
             assert sorted(example["coarse_label"] for example in examples) == sorted(part.coarse_labels)
         if "id" in examples[0]:
@@ -357,10 +357,10 @@ def test_what_is_prepared_the_stock_entry_point_reads_exactly(name, data_dir):
 
 def test_prepared_records_are_those_of_the_release(name, data_dir):
     for split, part in drawn(RELEASES[name]).items():
-        read = prepared.read_all(prepared.open_records(name, split, data_dir), chunk=4)
+        read = tfds.read_all(tfds.open_records(name, split, data_dir), chunk=4)
         assert read.images.dtype == np.uint8
         assert read.labels.dtype == np.int32
-        assert images_with_labels(read) == images_with_labels(data.Split(part.images, part.labels))
+        assert images_with_labels(read) == images_with_labels(image_sets.Split(part.images, part.labels))
 
 
 @pytest.mark.parametrize(
@@ -368,19 +368,19 @@ def test_prepared_records_are_those_of_the_release(name, data_dir):
 )
 def test_records_are_read_at_indices_as_from_memory(name, data_dir, indices):
     indices = np.array(indices, int) if isinstance(indices, list) else indices
-    records = prepared.open_records(name, "train", data_dir)
-    read, expected = records.at(indices), prepared.read_all(records).at(indices)
+    records = tfds.open_records(name, "train", data_dir)
+    read, expected = records.at(indices), tfds.read_all(records).at(indices)
     np.testing.assert_array_equal(read.images, expected.images)
     np.testing.assert_array_equal(read.labels, expected.labels)
 
 
 def test_records_that_are_not_there_are_an_index_error(name, data_dir):
     with pytest.raises(IndexError):
-        prepared.open_records(name, "train", data_dir).at(np.array([TRAIN]))
+        tfds.open_records(name, "train", data_dir).at(np.array([TRAIN]))
 
 
 def test_records_can_be_pickled_before_and_after_they_are_opened(name, data_dir):
-    records = data.Selected(prepared.Prepared(name, "train", data_dir), np.arange(1, TRAIN))
+    records = image_sets.Selected(tfds.Prepared(name, "train", data_dir), np.arange(1, TRAIN))
     fresh = pickle.loads(pickle.dumps(records))
     read = records.at(np.arange(5))
     assert len(pickle.dumps(records)) < 2000, "files are not part of it"
@@ -393,38 +393,38 @@ def test_a_prepared_set_is_left_as_it_is(name, data_dir, capsys):
         return {path: path.stat().st_mtime_ns for path in data_dir.rglob("*")}
 
     before = times()
-    assert prepared.prepare(name, data_dir) == prepared.find(name, data_dir)
+    assert tfds.prepare(name, data_dir) == tfds.find(name, data_dir)
     assert f"{name} is prepared already in {data_dir}" in capsys.readouterr().err
     assert times() == before
 
 
 def test_preparing_writes_nothing_to_standard_output(tmp_path, capsys):
-    prepared.prepare("mnist", tmp_path / "data", write(tmp_path / "files", "mnist"))
+    tfds.prepare("mnist", tmp_path / "data", write(tmp_path / "files", "mnist"))
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith(f"Preparing mnist in {tmp_path / 'data'}.")
 
 
 def test_a_set_in_another_format_is_named(tmp_path):
-    folder = prepared.prepare("mnist", tmp_path / "data", write(tmp_path / "files", "mnist"))
+    folder = tfds.prepare("mnist", tmp_path / "data", write(tmp_path / "files", "mnist"))
     info = folder / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(SettingsError, match=r"holds mnist as tfrecord.*another --data-dir"):
-        data.load("mnist", tmp_path / "data")
+        image_sets.load("mnist", tmp_path / "data")
 
 
 def test_a_set_of_another_size_is_named(tmp_path, monkeypatch):
-    prepared.prepare("mnist", tmp_path / "data", write(tmp_path / "files", "mnist"))
+    tfds.prepare("mnist", tmp_path / "data", write(tmp_path / "files", "mnist"))
     monkeypatch.setitem(
         RELEASES, "mnist", dataclasses.replace(small("mnist"), sizes={"train": 21, "test": 6})
     )
     with pytest.raises(SettingsError, match="20 images in train where there should be 21"):
-        data.load("mnist", tmp_path / "data")
+        image_sets.load("mnist", tmp_path / "data")
 
 
 def test_digits_need_no_preparing(tmp_path):
     with pytest.raises(SettingsError, match="digits needs no preparing; cifar10"):
-        prepared.prepare("digits", tmp_path)
+        tfds.prepare("digits", tmp_path)
 
 
 # Without a network.
@@ -434,7 +434,7 @@ def offline(*_: Any, **__: Any) -> Any:
     raise socket.gaierror("Name or service not known")
 
 
-@pytest.mark.parametrize("load", [data.load, prepared.prepare])
+@pytest.mark.parametrize("load", [image_sets.load, tfds.prepare])
 def test_without_a_network_the_message_says_how_to_prepare_by_hand(name, load, tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", offline)
     begun = time.monotonic()
@@ -456,15 +456,15 @@ def test_without_a_network_the_message_says_how_to_prepare_by_hand(name, load, t
 
 def test_the_default_folder_is_that_of_tensorflow_datasets(monkeypatch):
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    assert prepared.default_folder() == Path.home() / "tensorflow_datasets"
+    assert tfds.default_folder() == Path.home() / "tensorflow_datasets"
     monkeypatch.setenv("TFDS_DATA_DIR", "/elsewhere")
-    assert prepared.default_folder() == Path("/elsewhere")
+    assert tfds.default_folder() == Path("/elsewhere")
 
 
 def test_a_resolver_that_hangs_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(2))
     begun = time.monotonic()
-    assert not prepared._resolves("https://example.org/", seconds=0.1)
+    assert not tfds._resolves("https://example.org/", seconds=0.1)
     assert time.monotonic() - begun < 1
 
 
@@ -473,7 +473,7 @@ def test_behind_a_proxy_it_is_the_proxy_that_must_be_found(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, **_: asked.append((host, port)) or [host])
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("https_proxy", "http://proxy.example.org:8080")
-    assert prepared._resolves("https://example.org/")
+    assert tfds._resolves("https://example.org/")
     assert asked == [("proxy.example.org", 8080)]
 
 
@@ -495,7 +495,7 @@ def test_with_a_network_a_set_is_downloaded_once(name, loose, tmp_path, monkeypa
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: ["an address"])
     monkeypatch.setattr(tfds.download.DownloadManager, "download", download)
     for _ in range(2):
-        loaded = data.load(name, tmp_path / "data")
+        loaded = image_sets.load(name, tmp_path / "data")
         assert loaded.train.size == TRAIN - HELD_OUT
     assert wanted == [RELEASES[name].url + file for file in RELEASES[name].downloads]
     checksums = tfds.builder_cls(name).url_infos
@@ -522,24 +522,24 @@ def wrong_checksum(*_: Any) -> Any:
     ],
 )
 def test_a_download_that_fails_is_a_line_for_the_user(download, message, tmp_path, monkeypatch):
-    import tensorflow_datasets as tfds
+    import tensorflow_datasets
 
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: ["an address"])
-    monkeypatch.setattr(tfds.download.DownloadManager, "download", download)
+    monkeypatch.setattr(tensorflow_datasets.download.DownloadManager, "download", download)
     with pytest.raises(SettingsError, match=message) as raised:
-        data.load("cifar10", tmp_path / "data")
+        image_sets.load("cifar10", tmp_path / "data")
     assert "\n" not in str(raised.value)
-    assert prepared.find("cifar10", tmp_path / "data") is None
+    assert tfds.find("cifar10", tmp_path / "data") is None
 
 
 def test_without_tensorflow_datasets_the_message_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(SettingsError, match=r"install \"stam-jax\[experiments\]\".*digits"):
-        data.load("cifar10", tmp_path)
+        image_sets.load("cifar10", tmp_path)
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed():
-    code = "import sys, experiments.prepared, experiments.loader; print(*sys.modules)"
+    code = "import sys, experiments.data.tfds, experiments.data.batches; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"tensorflow_datasets", "grain", "PIL", "scipy.io"} & set(found.stdout.split())
 
@@ -548,17 +548,19 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
 
 
 def test_training_and_validation_are_all_training_images_once(name, data_dir):
-    loaded = data.load(name, data_dir)
-    expected = {split: data.Split(part.images, part.labels) for split, part in drawn(RELEASES[name]).items()}
-    assert isinstance(loaded.train, data.Split)
+    loaded = image_sets.load(name, data_dir)
+    expected = {
+        split: image_sets.Split(part.images, part.labels) for split, part in drawn(RELEASES[name]).items()
+    }
+    assert isinstance(loaded.train, image_sets.Split)
     assert loaded.validation.size == HELD_OUT
     assert images_with_labels(loaded.train, loaded.validation) == images_with_labels(expected["train"])
     assert images_with_labels(loaded.test) == images_with_labels(expected["test"])
 
 
 def test_a_set_that_is_streamed_is_the_same(name, data_dir):
-    loaded, streamed = data.load(name, data_dir), data.load(name, data_dir, streamed=True)
-    assert not isinstance(streamed.train, data.Split)
+    loaded, streamed = image_sets.load(name, data_dir), image_sets.load(name, data_dir, streamed=True)
+    assert not isinstance(streamed.train, image_sets.Split)
     assert streamed.train.size == loaded.train.size
     everything = np.arange(loaded.train.size)
     np.testing.assert_array_equal(streamed.train.at(everything).images, loaded.train.at(everything).images)
@@ -586,52 +588,52 @@ def test_fewer_training_images_are_streamed_as_they_are_in_memory(name, data_dir
 
 
 def test_fewer_training_images_leave_the_other_parts_whole(name, data_dir):
-    loaded = data.load(name, data_dir)
+    loaded = image_sets.load(name, data_dir)
     fewer = loaded.with_fewer(5)
     assert fewer.train.size == 5
     assert (fewer.validation, fewer.test) == (loaded.validation, loaded.test)
 
 
-def _fewer(name: DatasetName, data_dir: Path, streamed: bool, count: int) -> data.Records:
-    return data.load(name, data_dir, streamed=streamed).with_fewer(count).train
+def _fewer(name: DatasetName, data_dir: Path, streamed: bool, count: int) -> image_sets.Records:
+    return image_sets.load(name, data_dir, streamed=streamed).with_fewer(count).train
 
 
 def test_a_set_knows_what_its_release_says(name, data_dir):
-    loaded, release = data.load(name, data_dir), RELEASES[name]
+    loaded, release = image_sets.load(name, data_dir), RELEASES[name]
     for field in ("classes", "mean", "deviation", "shift", "flip"):
         assert getattr(loaded, field) == getattr(release, field)
     assert len(loaded.mean) == len(loaded.deviation) == loaded.test.images.shape[-1]
 
 
 def test_the_images_held_out_are_fixed():
-    kept, left = data.held_out(50000, 5000)
+    kept, left = image_sets.held_out(50000, 5000)
     assert len(left) == 5000
     np.testing.assert_array_equal(np.sort(np.concatenate([kept, left])), np.arange(50000))
-    again = data.held_out(50000, 5000)
+    again = image_sets.held_out(50000, 5000)
     np.testing.assert_array_equal(left, again[1])
     expected = np.random.default_rng(0).permutation(50000)[:5000]
     np.testing.assert_array_equal(left, np.sort(expected))
 
 
 def test_digits_know_their_mean_and_deviation():
-    digits = data.load("digits")
-    assert isinstance(digits.train, data.Split)
+    digits = image_sets.load("digits")
+    assert isinstance(digits.train, image_sets.Split)
     pixels = digits.train.images / 1.0
     assert digits.train.size == 1197
     assert digits.mean == pytest.approx([pixels.mean()])
     assert digits.deviation == pytest.approx([pixels.std()])
-    assert data.load("digits", streamed=True).train.size == 1197
+    assert image_sets.load("digits", streamed=True).train.size == 1197
 
 
 def test_long_reading_shows_a_bar_on_a_terminal(capsys, monkeypatch):
-    split = data.Split(np.zeros((9, 1, 1, 1), np.uint8), np.arange(9, dtype=np.int32))
-    np.testing.assert_array_equal(prepared.read_all(split, chunk=2).labels, split.labels)
-    assert list(prepared._followed(range(3), "Reading", patience=-1)) == [0, 1, 2]
+    split = image_sets.Split(np.zeros((9, 1, 1, 1), np.uint8), np.arange(9, dtype=np.int32))
+    np.testing.assert_array_equal(tfds.read_all(split, chunk=2).labels, split.labels)
+    assert list(tfds._followed(range(3), "Reading", patience=-1)) == [0, 1, 2]
     assert capsys.readouterr().err == "", "no terminal"
     monkeypatch.setenv("FORCE_COLOR", "1")
-    prepared.read_all(split, chunk=2)
+    tfds.read_all(split, chunk=2)
     assert capsys.readouterr().err == "", "not long"
-    assert list(prepared._followed(range(3), "Reading", patience=-1)) == [0, 1, 2]
+    assert list(tfds._followed(range(3), "Reading", patience=-1)) == [0, 1, 2]
     assert "Reading" in capsys.readouterr().err
 
 
@@ -645,7 +647,7 @@ def real(request: pytest.FixtureRequest) -> tuple[Release, list[Part]]:
         pytest.skip(f"{variable} names no folder of the files of {request.param}")
     release = RELEASES[request.param]
     release = dataclasses.replace(release, sizes=ORIGINAL[request.param])
-    return release, list(releases.parse(release, Files(release, Path(os.environ[variable]))))
+    return release, list(downloads.parse(release, Files(release, Path(os.environ[variable]))))
 
 
 ORIGINAL = {name: release.sizes for name, release in RELEASES.items()}

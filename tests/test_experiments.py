@@ -1,6 +1,5 @@
 """The parts of the experiments: images, networks, evaluation, files, the picture and the report."""
 
-import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,20 +12,23 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import stam_jax
-from experiments import data, evaluation, files, models, optimizers, plots, report, runs
-from experiments.config import METHODS, DivergedError, SettingsError, TrainSettings, updated
-from experiments.devices import Layout
-from experiments.training import Progress, Trainer
+from experiments.config import METHODS, Relaxation, SettingsError, TrainSettings
+from experiments.data import image_sets
+from experiments.data.devices import Layout
+from experiments.networks import evaluation, float_files, models
+from experiments.reporting import pages, plots, results, run_folder
+from experiments.training import optimizers
+from experiments.training.run import Trainer
 from stam_jax import relaxations
 
 
 @pytest.fixture(scope="module")
-def digits() -> data.Dataset:
-    return data.load("digits")
+def digits() -> image_sets.Dataset:
+    return image_sets.load("digits")
 
 
 @pytest.fixture(scope="module")
-def network(digits: data.Dataset) -> models.Network:
+def network(digits: image_sets.Dataset) -> models.Network:
     return models.build("resnet8", digits, width=0.25, key=jax.random.key(0))
 
 
@@ -48,7 +50,7 @@ def test_every_split_holds_every_class_in_proportion(digits):
 
 
 def test_the_split_is_the_same_each_time(digits):
-    np.testing.assert_array_equal(digits.test.images, data.load("digits").test.images)
+    np.testing.assert_array_equal(digits.test.images, image_sets.load("digits").test.images)
 
 
 def test_augmentation_shifts_each_image_and_fills_up_with_zeros(digits):
@@ -85,9 +87,9 @@ def test_batch_statistics_are_estimated_on_whole_batches_of_images_augmented_as_
 
 def test_augmentation_mirrors_only_where_asked(digits):
     images = jnp.asarray(digits.train.images[:64])
-    still = data.Dataset(**{**vars(digits), "shift": 0})
+    still = image_sets.Dataset(**{**vars(digits), "shift": 0})
     np.testing.assert_array_equal(still.augment(jax.random.key(0), images), images)
-    mirroring = data.Dataset(**{**vars(still), "flip": True})
+    mirroring = image_sets.Dataset(**{**vars(still), "flip": True})
     moved = np.asarray(mirroring.augment(jax.random.key(0), images))
     same = np.all(moved == np.asarray(images), axis=(1, 2, 3))
     mirrored = np.all(moved == np.asarray(images)[:, :, ::-1], axis=(1, 2, 3))
@@ -102,7 +104,7 @@ def binary_leaves(params: Any, **settings: Any) -> dict[str, stam_jax.Quantizer]
 
 
 def kernels(params: Any) -> set[str]:
-    return {path for path in files.to_arrays(params) if path.endswith("kernel")}
+    return {path for path in float_files.to_arrays(params) if path.endswith("kernel")}
 
 
 def test_every_kernel_is_binary_and_nothing_else(network):
@@ -143,26 +145,26 @@ def test_batch_statistics_are_the_mean_and_variance_of_training_features(digits,
         features = np.asarray(stem.stem.conv(standard), np.float64)
         means.append(features.mean(axis=(0, 1, 2)))
         variances.append(features.var(axis=(0, 1, 2)))
-    arrays = files.to_arrays(new)
+    arrays = float_files.to_arrays(new)
     np.testing.assert_allclose(arrays["stem/norm/mean"], np.mean(means, axis=0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(arrays["stem/norm/var"], np.mean(variances, axis=0), rtol=1e-4)
 
 
 def test_evaluation_leaves_the_network_as_it_was(digits, network):
     graph, params, stats = models.split(network)
-    before = files.to_arrays(stats)
+    before = float_files.to_arrays(stats)
     evaluation.batch_statistics(
         graph, params, stats, digits.train.images[:64], batch_size=64, layout=Layout()
     )
     evaluation.accuracy(graph, params, stats, digits.validation, Layout())
-    for name, array in files.to_arrays(stats).items():
+    for name, array in float_files.to_arrays(stats).items():
         np.testing.assert_array_equal(array, before[name])
 
 
 def test_accuracy_counts_every_image_once_across_batches(digits, network):
     graph, params, stats = models.split(network)
-    model: Any = network
-    logits = np.asarray(model(jnp.asarray(digits.train.images)))
+    apply = jax.jit(lambda params, stats, images: nnx.merge(graph, params, stats)(images))
+    logits = np.asarray(apply(params, stats, digits.train.images))
     expected = np.mean(np.argmax(logits, axis=-1) == digits.train.labels)
     assert len(digits.train.labels) > 2 * 500
     assert evaluation.accuracy(graph, params, stats, digits.train, Layout()) == expected
@@ -172,8 +174,8 @@ def test_a_network_is_quantized_in_those_leaves_alone_that_are_to_be(network):
     params = models.split(network)[1]
     hard, leaves = evaluation.quantized(params, {"head": None, "*": stam_jax.Binary()})
     assert leaves.keys() == kernels(params) - {"head/kernel"}
-    arrays = files.to_arrays(hard)
-    for path, before in files.to_arrays(params).items():
+    arrays = float_files.to_arrays(hard)
+    for path, before in float_files.to_arrays(params).items():
         if path not in leaves:
             np.testing.assert_array_equal(arrays[path], before)
             continue
@@ -193,11 +195,11 @@ def test_hard_weights_that_are_not_binary_are_refused(network):
 
 def test_state_is_not_filled_from_arrays_that_do_not_fit(network):
     params = nnx.state(network, nnx.Param)
-    arrays = files.to_arrays(params)
+    arrays = float_files.to_arrays(params)
     with pytest.raises(ValueError, match=r"head/bias .* is missing"):
-        files.from_arrays({k: v for k, v in arrays.items() if k != "head/bias"}, params)
+        float_files.from_arrays({k: v for k, v in arrays.items() if k != "head/bias"}, params)
     with pytest.raises(ValueError, match=r"head/bias should have shape \(10,\) but is of shape \(9,\)"):
-        files.from_arrays(arrays | {"head/bias": np.zeros(9)}, params)
+        float_files.from_arrays(arrays | {"head/bias": np.zeros(9)}, params)
 
 
 @pytest.mark.parametrize("method", METHODS[1:])
@@ -247,7 +249,7 @@ def _optimizer(*, steps: int = 20, epoch: int = 2, **settings: Any) -> optax.Gra
     return optimizers.build(chosen, optimizers.choose(params, chosen), steps=steps, epoch=epoch)
 
 
-@pytest.mark.parametrize("relaxation", get_args(TrainSettings.__annotations__["relaxation"]))
+@pytest.mark.parametrize("relaxation", get_args(Relaxation))
 def test_each_relaxation_of_stam_is_soft_before_the_hard_phase_and_hard_in_it(relaxation):
     optimizer = _optimizer(relaxation=relaxation)
     params, hard = _steps(optimizer, 8)
@@ -291,6 +293,58 @@ def test_stam_with_its_defaults_is_that_of_the_library_behind_sgd(settings, iner
     for count in (8, 18):
         (params, _), (wanted, _) = _run(optimizer, count), _run(expected, count)
         np.testing.assert_array_equal(params["kernel"], wanted["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "quantizer"),
+    [
+        ({"quantizer": "ternary"}, stam_jax.Ternary(axis=-1)),
+        ({"quantizer": "uniform", "bits": 3, "scale": "tensor"}, stam_jax.Uniform(bits=3, axis=())),
+        ({"quantizer": "power_of_two", "scale": "none"}, stam_jax.PowerOfTwo(axis=-1, scale=1.0)),
+        ({"quantizer": "least_squares", "scale": "tensor"}, stam_jax.LeastSquares(axis=())),
+    ],
+    ids=lambda value: value.get("quantizer", "") if isinstance(value, dict) else "",
+)
+def test_the_quantizer_is_that_of_the_settings(settings, quantizer):
+    assert binary_leaves({"kernel": jnp.ones((3, 4))}, **settings) == {"kernel": quantizer}
+
+
+def test_weight_decay_may_see_the_latent_weights_of_any_method_that_has_them():
+    def taken(method, decay_latent):
+        chosen = TrainSettings(method=method, weight_decay=0.1, decay_latent=decay_latent)
+        params = {"kernel": jnp.zeros((3, 4))}
+        optimizer = optimizers.build(chosen, optimizers.choose(params, chosen), steps=20, epoch=2)
+        return _run(optimizer, 8)[0]["kernel"]
+
+    decayed = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(_COSINE, momentum=0.9, nesterov=True))
+    expected, _ = _run(stam_jax.stam(decayed, hard_from=15), 8)
+    np.testing.assert_allclose(taken("stam", True), expected["kernel"], rtol=1e-6)
+    for method in ("stam", "binary_connect", "straight_through"):
+        assert jnp.max(jnp.abs(taken(method, True) - taken(method, False))) > 1e-5
+
+
+@pytest.mark.parametrize("decay_latent", [True, False])
+def test_adamw_is_that_of_optax_around_or_before_the_method(decay_latent):
+    chosen = TrainSettings(optimizer="adamw", weight_decay=0.1, nesterov=False, decay_latent=decay_latent)
+    params = {"kernel": jnp.zeros((3, 4))}
+    mine = optimizers.build(chosen, optimizers.choose(params, chosen), steps=20, epoch=2)
+    adamw = optax.adamw(_COSINE, weight_decay=0.1)
+    theirs = (
+        stam_jax.stam(adamw, hard_from=15)
+        if decay_latent
+        else optax.chain(adamw, stam_jax.stam(hard_from=15))
+    )
+    np.testing.assert_allclose(_run(mine, 8)[0]["kernel"], _run(theirs, 8)[0]["kernel"], rtol=1e-6)
+
+
+def test_smoothed_labels_share_a_part_of_the_weight_evenly(digits):
+    trainer = Trainer(TrainSettings(width=0.125, label_smoothing=0.2), digits)
+    logits = np.random.default_rng(0).normal(size=(5, 10))
+    labels = np.array([0, 3, 3, 9, 1])
+    chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    targets = np.full((5, 10), 0.02) + 0.8 * np.eye(10)[labels]
+    expected = -np.sum(targets * np.log(chances), axis=1)
+    np.testing.assert_allclose(trainer._losses(jnp.asarray(logits), jnp.asarray(labels)), expected, rtol=1e-5)
 
 
 def _stam_by_hand(count: int) -> np.ndarray:
@@ -425,38 +479,17 @@ def test_settings_that_cannot_work_are_refused_before_training(digits):
             Trainer(TrainSettings(exclude=(pattern,)), digits)
 
 
-def test_float_runs_are_evaluated_like_binary_ones(digits, tmp_path):
-    metrics = []
-    row = Trainer(TrainSettings(method="float", width=0.125, epochs=1), digits).run(
-        0, tmp_path, Progress(metrics=metrics.append)
-    )
-    for measured in (row, metrics[0]):
-        assert measured["relaxed_accuracy"] is not None
-        assert measured["relaxed_accuracy_running_statistics"] is not None
-        assert measured["hard_accuracy"] is None
-
-
-def test_a_run_that_diverges_says_so(digits, tmp_path):
-    trainer = Trainer(TrainSettings(width=0.125, epochs=1, learning_rate=1e30), digits)
-    with pytest.raises(DivergedError, match="stam: the loss is nan in epoch 1"):
-        trainer.run(3, tmp_path)
-
-
-def test_the_picture_is_drawn_for_float_and_binary_runs(tmp_path):
+@pytest.mark.parametrize("methods", [METHODS[:1], METHODS[:8], METHODS], ids=len)
+def test_the_picture_has_a_line_for_each_method_whatever_their_number(tmp_path, methods):
     def metrics(hard: float | None) -> list[dict[str, Any]]:
-        return [
-            {
-                "epoch": epoch,
-                "relaxed_accuracy": 0.9,
-                "hard_accuracy": hard,
-                "quantisation_gap": None if hard is None else 0.5,
-                "sign_flips": None if hard is None else 0.1,
-            }
-            for epoch in (1, 2)
-        ]
+        share = None if hard is None else 0.1
+        row = {"relaxed_accuracy": 0.9, "hard_accuracy": hard, "quantization_gap": share, "sign_flips": share}
+        return [row | {"epoch": epoch} for epoch in (1, 2)]
 
-    plots.curves(tmp_path / "curves.png", {"float": [metrics(None)], "stam": [metrics(0.8)] * 2})
+    lines = {method: [metrics(None if method == "float" else 0.8)] * 2 for method in methods}
+    plots.curves(tmp_path / "curves.png", lines)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert len({plots._colors(lines)[method] for method in methods[:8]}) == len(methods[:8])
 
 
 def test_the_picture_of_accuracy_ends_above_every_curve_and_below_what_the_second_half_shows():
@@ -469,16 +502,9 @@ def test_the_picture_of_accuracy_ends_above_every_curve_and_below_what_the_secon
     assert 1.0 < ends[1] < 1.01, "no room is left above what can be, but for the line itself"
 
 
-def _keep(folder: Path, contents: dict[str, Any]) -> None:
-    """Write files of a run as they are kept."""
-    folder.mkdir(parents=True)
-    for name, value in contents.items():
-        (folder / name).write_text(json.dumps(value))
-
-
 SETTINGS = {
     "model": "vgg11", "dataset": "cifar10", "width": 1.0, "precision": "float32", "epochs": 3,
-    "batch_size": 64, "exclude": ["last"],
+    "batch_size": 64, "exclude": ["head"], "methods": ["stam"], "seeds": 2,
 }  # fmt: skip
 
 
@@ -490,7 +516,7 @@ def _marked(name: str) -> str:
 @pytest.fixture
 def kept(tmp_path, monkeypatch) -> Path:
     """A folder of a comparison and of a study."""
-    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
     common = {
         "method": "stam",
         "relaxed_accuracy": 0.9,
@@ -500,14 +526,21 @@ def kept(tmp_path, monkeypatch) -> Path:
         "bytes_float": 1000,
         "bytes_packed": 100,
     }
-    rows = [common | {"hard_accuracy": hard} for hard in (0.8, 0.9)]
+    rows = [common | {"seed": seed, "hard_accuracy": hard} for seed, hard in enumerate((0.8, 0.9))]
+    measured = {"epoch": 3, "quantization_gap": 0.1, "sign_flips": 0.1, "relaxed_accuracy": 0.9}
+    metrics = [measured | {"method": "stam", "seed": seed, "hard_accuracy": 0.8} for seed in (0, 1)]
     environment = {"machine": "2 CPU cores", "packages": {"jax": "0.10"}}
-    contents = {"result.json": rows, "config.json": SETTINGS, "environment.json": environment}
-    _keep(tmp_path / "results" / "one", contents)
-    asked = {"question": "Which?", "trials": ["epochs=3", "epochs=4"], "settings": SETTINGS}
-    _keep(tmp_path / "results" / "two", {"study.json": asked})
-    for seed, row in enumerate(rows):
-        _keep(tmp_path / "results" / "two" / f"epochs=3-seed{seed}", {"result.json": [row]})
+    for name, config, label in (
+        ("one", SETTINGS, {}),
+        (
+            "two",
+            {"question": "Which?", "seeds": 2, "trials": ["epochs=3", "epochs=4"], "settings": SETTINGS},
+            {"trial": "epochs=3"},
+        ),
+    ):
+        (tmp_path / "results" / name).mkdir(parents=True)
+        labeled = [[label | row for row in each] for each in (rows, metrics)]
+        results.write(tmp_path / "results" / name, results.Results(config, [environment], *labeled))
     return tmp_path / "results"
 
 
@@ -517,14 +550,14 @@ def kept(tmp_path, monkeypatch) -> Path:
         (
             "headline",
             [
-                "| method | vgg11 on cifar10,<br>all kernels but last binary, 3 epochs |",
+                "| method | vgg11 on cifar10,<br>all kernels but head binary, 3 epochs |",
                 "| stam | 85.00 ± 7.07 (2) |",
             ],
         ),
         (
             "comparisons",
             [
-                "### vgg11 on cifar10, all kernels but last binary",
+                "### vgg11 on cifar10, all kernels but head binary",
                 "| stam (2) | 85.00 ± 7.07 | 90.00 ± 0.00 | 70.00 ± 0.00 | - | 50.0% | 1,000 | 100 |",
             ],
         ),
@@ -535,7 +568,7 @@ def kept(tmp_path, monkeypatch) -> Path:
     ],
 )
 def test_the_report_says_mean_and_deviation_of_the_kept_runs(kept, name, lines):
-    text = report.updated(_marked(name), kept.parent / "page.md", kept)
+    text = pages.updated(_marked(name), kept.parent / "page.md", kept)
     for line in lines:
         assert line in text.splitlines()
     assert "old" not in text
@@ -544,50 +577,31 @@ def test_the_report_says_mean_and_deviation_of_the_kept_runs(kept, name, lines):
 
 
 def test_the_report_sets_the_same_network_in_the_same_scope_beside_what_is_published(kept):
-    text = report.updated(_marked("published"), kept.parent / "page.md", kept)
+    text = pages.updated(_marked("published"), kept.parent / "page.md", kept)
     (line,) = [line for line in text.splitlines() if line.startswith("| vgg11 | cifar10 ")]
-    assert line.startswith("| vgg11 | cifar10 | all kernels but last binary | 89.21 |")
+    assert line.startswith("| vgg11 | cifar10 | all kernels but head binary | 89.21 |")
     assert line.endswith("| 85.00 ± 7.07 (2), 3 epochs |")
     assert text.count("| not run |") == 6
 
 
 def test_the_report_tells_results_of_fewer_images_apart(kept):
-    (config,) = kept.glob("*/config.json")
-    config.write_text(json.dumps(SETTINGS | {"training_images": 2500}))
-    assert "### vgg11 on 2,500 images of cifar10, all" in report.updated(
+    run_folder.write_json(kept / "one" / "config.json", SETTINGS | {"training_images": 2500})
+    assert "### vgg11 on 2,500 images of cifar10, all" in pages.updated(
         _marked("comparisons"), kept.parent / "page.md", kept
     )
-    text = report.updated(_marked("published"), kept.parent / "page.md", kept)
+    text = pages.updated(_marked("published"), kept.parent / "page.md", kept)
     assert text.count("| not run |") == 7
 
 
 def test_a_page_without_marks_is_refused(kept):
     with pytest.raises(SettingsError, match=r"page\.md holds the marks of no part; there are headline, "):
-        report.updated("a page without marks", kept.parent / "page.md", kept)
+        pages.updated("a page without marks", kept.parent / "page.md", kept)
     with pytest.raises(SettingsError, match="holds no part"):
-        report.updated(_marked("headline").replace(": end", ""), kept.parent / "page.md", kept)
+        pages.updated(_marked("headline").replace(": end", ""), kept.parent / "page.md", kept)
 
 
-GONE = {"pull": 0.0, "box": None, "penalty_rule": "growing", "anneal_inertia": None}
-
-
-def test_settings_that_an_earlier_version_kept_are_read(tmp_path):
-    kept = TrainSettings(width=0.5, exclude=("stem",)).as_dict() | {"exclude": ["stages/0/0", "last"], **GONE}
-    runs.write_json(tmp_path / "config.json", kept)
-    expected = TrainSettings(width=0.5, exclude=("stages/0/0", "head"))
-    assert runs.read_settings(tmp_path / "config.json") == expected
-    runs.write_json(tmp_path / "config.json", kept | {"pull": 0.01, "anneal_inertia": [0.5, 0.75]})
-    assert runs.read_settings(tmp_path / "config.json") == expected
-
-
-def test_settings_that_are_gone_are_left_out_only_where_they_did_nothing():
-    assert updated({"epochs": 3, **GONE}) == {"epochs": 3}
-    assert updated({"epochs": 3, **GONE, "pull": 0.01}) == {"epochs": 3, "pull": 0.01}
-
-
-def test_the_settings_of_every_kept_run_are_read_and_its_version_is_known():
-    kept = sorted(report.RESULTS.glob("*/*/config.json"))
-    assert len(kept) > 500
-    for config in kept:
-        assert runs.read_settings(config).epochs == runs.read_json(config)["epochs"]
-        assert runs.read_json(config.with_name("environment.json"))["git"]["commit"]
+def test_what_is_kept_says_which_version_made_it():
+    for folder in (path.parent for path in pages.RESULTS.glob("*/config.json")):
+        kept = results.read(folder)
+        assert all(kept.environments[row["environment"]]["git"]["commit"] for row in kept.rows)
+        assert (folder / run_folder.CURVES).is_file()

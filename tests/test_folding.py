@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 
 import stam_jax
-from experiments import data, models, stored
 from experiments.config import ModelName
-from experiments.folding import fold
+from experiments.data import image_sets
+from experiments.deployment import packed_network
+from experiments.deployment.folding import fold
+from experiments.networks import models
 from stam_jax import Binary, Packed, Ternary
+from tests.helpers import slow
 
 
 def network(name: ModelName, quantizer: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
     """A graph, and packed weights and statistics of all kinds of sizes."""
-    digits = data.load("digits")
+    digits = image_sets.load("digits")
     built = models.build(name, digits, width=0.125, key=jax.random.key(0), **options)
     graph, params, stats = models.split(built)
     draws = np.random.default_rng(0)
@@ -33,12 +36,12 @@ def packed_leaves(tree: Any) -> list[Packed]:
     return [leaf for leaf in leaves if isinstance(leaf, Packed)]
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet20", "vgg11"])
+@pytest.mark.parametrize("name", ["resnet8", *slow(["resnet20", "vgg11"])])
 def test_the_folded_network_says_the_same(name):
     graph, tree = network(name, Binary())
-    images = data.load("digits").test.images[:64]
+    images = image_sets.load("digits").test.images[:64]
     before, after = (
-        np.asarray(jax.jit(stored.apply, static_argnums=0)(graph, each, images))
+        np.asarray(jax.jit(packed_network.apply, static_argnums=0)(graph, each, images))
         for each in (tree, fold(tree))
     )
     assert np.std(before) > 0.01
@@ -59,7 +62,9 @@ def test_signs_take_the_place_of_scaled_weights_and_statistics_go():
     assert folded["params"]["head"]["kernel"].quantizer == Binary(axis=-1)
 
 
-@pytest.mark.parametrize("quantizer", [Binary(group=1, group_axis=-2), Binary(axis=0), Ternary()], ids=repr)
+@pytest.mark.parametrize(
+    "quantizer", [Ternary(), *slow([Binary(group=1, group_axis=-2), Binary(axis=0)])], ids=repr
+)
 def test_kernels_with_other_scales_stay_as_they_are(quantizer):
     _, tree = network("resnet8", quantizer)
     pairs = zip(packed_leaves(tree), packed_leaves(fold(tree)), strict=True)
@@ -71,12 +76,13 @@ def test_kernels_with_other_scales_stay_as_they_are(quantizer):
         np.testing.assert_array_equal(after.scales, before.scales)
 
 
-@pytest.mark.parametrize("quantizer", [Binary(axis=()), Binary(scale=1.0)], ids=repr)
+@pytest.mark.parametrize("quantizer", [Binary(axis=()), *slow([Binary(scale=1.0)])], ids=repr)
 def test_scales_of_whole_kernels_are_folded_too(quantizer):
     graph, tree = network("resnet8", quantizer)
-    images = data.load("digits").test.images[:8]
+    images = image_sets.load("digits").test.images[:8]
     before, after = (
-        np.asarray(stored.apply(graph, each, jnp.asarray(images))) for each in (tree, fold(tree))
+        np.asarray(jax.jit(packed_network.apply, static_argnums=0)(graph, each, images))
+        for each in (tree, fold(tree))
     )
     np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5 * np.max(np.abs(before)))
     assert {leaf.quantizer for leaf in packed_leaves(fold(tree)["params"]["blocks"])} == {Binary(scale=1.0)}

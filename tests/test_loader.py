@@ -7,9 +7,10 @@ import os
 import numpy as np
 import pytest
 
-from experiments import loader
 from experiments.config import SettingsError
-from experiments.data import Records, Split
+from experiments.data.batches import batches as batches_of
+from experiments.data.image_sets import Records, Split
+from tests.helpers import slow
 
 COUNT, BATCH = 50, 8
 
@@ -52,33 +53,33 @@ def same(read: Split, expected: Split) -> bool:
     return read.images.dtype == expected.images.dtype and read.labels.dtype == expected.labels.dtype
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, *slow([1, 2])])
 def test_a_batch_holds_the_records_of_its_place_in_the_order(workers):
-    read = list(loader.batches(RECORDS, ORDER, batch_size=BATCH, workers=workers))
+    read = list(batches_of(RECORDS, ORDER, batch_size=BATCH, workers=workers))
     assert len(read) == COUNT // BATCH, "whole batches only"
     for i, batch in enumerate(read):
         assert same(batch, RECORDS.at(ORDER[i * BATCH : (i + 1) * BATCH]))
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize(("start", "workers"), [(1, 0), (5, 0), (4, 2)])
+@pytest.mark.parametrize(("start", "workers"), [(1, 0), (5, 0), *slow([(4, 2)])])
 def test_reading_may_start_at_any_batch(start, workers):
-    whole = list(loader.batches(RECORDS, ORDER, batch_size=BATCH))
-    read = list(loader.batches(RECORDS, ORDER, batch_size=BATCH, start=start, workers=workers))
+    whole = list(batches_of(RECORDS, ORDER, batch_size=BATCH))
+    read = list(batches_of(RECORDS, ORDER, batch_size=BATCH, start=start, workers=workers))
     assert len(read) == len(whole) - start
     assert all(same(*pair) for pair in zip(read, whole[start:], strict=True))
 
 
 @pytest.mark.parametrize(("count", "start"), [(COUNT, 6), (COUNT, 9), (BATCH - 1, 0), (0, 0)])
 def test_there_may_be_no_batch_left(count, start):
-    assert not list(loader.batches(RECORDS, ORDER[:count], batch_size=BATCH, start=start, workers=2))
+    assert not list(batches_of(RECORDS, ORDER[:count], batch_size=BATCH, start=start, workers=2))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_training_processes_share_each_batch_in_order(processes):
-    whole = list(loader.batches(RECORDS, ORDER, batch_size=BATCH, start=1))
+    whole = list(batches_of(RECORDS, ORDER, batch_size=BATCH, start=1))
     shares = [
-        list(loader.batches(RECORDS, ORDER, batch_size=BATCH, start=1, process=p, processes=processes))
+        list(batches_of(RECORDS, ORDER, batch_size=BATCH, start=1, process=p, processes=processes))
         for p in range(processes)
     ]
     for batch, *parts in zip(whole, *shares, strict=True):
@@ -88,12 +89,12 @@ def test_training_processes_share_each_batch_in_order(processes):
 
 def test_a_batch_that_cannot_be_shared_is_refused_at_once():
     with pytest.raises(SettingsError, match="--batch-size: 8 images cannot be shared equally by 3 processes"):
-        loader.batches(RECORDS, ORDER, batch_size=BATCH, processes=3)
+        batches_of(RECORDS, ORDER, batch_size=BATCH, processes=3)
 
 
 def test_each_worker_reads_its_share_and_ends_when_the_batches_are_closed():
     long = np.tile(ORDER, 20)  # So that no worker is done before the batches are closed.
-    batches = loader.batches(Telling(RECORDS), long, batch_size=BATCH, workers=2)
+    batches = batches_of(Telling(RECORDS), long, batch_size=BATCH, workers=2)
     readers = {int(next(batches).labels[0]) for _ in range(4)}
     assert len(readers) == 2
     assert readers <= {child.pid for child in multiprocessing.active_children()}
@@ -102,7 +103,7 @@ def test_each_worker_reads_its_share_and_ends_when_the_batches_are_closed():
 
 
 def test_workers_end_when_the_batches_are_dropped():
-    batches = loader.batches(RECORDS, np.tile(ORDER, 20), batch_size=BATCH, workers=1)
+    batches = batches_of(RECORDS, np.tile(ORDER, 20), batch_size=BATCH, workers=1)
     kept = next(batches)
     assert multiprocessing.active_children()
     del batches
@@ -111,12 +112,12 @@ def test_workers_end_when_the_batches_are_dropped():
 
 
 def test_without_workers_this_process_reads():
-    batches = loader.batches(Telling(RECORDS), ORDER, batch_size=BATCH)
+    batches = batches_of(Telling(RECORDS), ORDER, batch_size=BATCH)
     assert all(np.all(batch.labels == os.getpid()) for batch in batches)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, *slow([1])])
 def test_what_goes_wrong_in_reading_is_told(workers):
     with pytest.raises(OSError, match="no record 0"):
-        list(loader.batches(Failing(), np.arange(COUNT), batch_size=BATCH, workers=workers))
+        list(batches_of(Failing(), np.arange(COUNT), batch_size=BATCH, workers=workers))
     assert not multiprocessing.active_children()

@@ -34,6 +34,8 @@ TRAINED = (
     PowerOfTwo(bits=3),
     LeastSquares(),
 )
+FEW = (Binary(), Binary(axis=0, group=4), Ternary(), LeastSquares())
+REST = tuple(quantizer for quantizer in TRAINED if quantizer not in FEW)
 # Groups of inputs that are spread.
 REFUSED = (Binary(group=2), Binary(group=4), Ternary(group=8), LeastSquares(group=2))
 
@@ -88,17 +90,21 @@ def check_training(optimizers: dict[str, optax.GradientTransformation]) -> None:
         assert all(jax.typeof(leaf) == jax.typeof(params["kernel"]) for leaf in kernels), name
 
 
+def with_quantizers(quantizers: Any) -> dict[str, optax.GradientTransformation]:
+    return {str(q): stam(optax.sgd(0.1, momentum=0.9), hard_from=2, quantizer=q) for q in quantizers}
+
+
 def check_quantizers() -> None:
-    check_training({str(q): stam(optax.sgd(0.1, momentum=0.9), hard_from=2, quantizer=q) for q in TRAINED})
+    check_training(with_quantizers(FEW))
 
 
 def check_methods() -> None:
     check_training({name: method(optax.sgd(0.1)) for name, method in METHODS.items()})
 
 
-def check_shipping() -> None:
+def check_shipping(quantizers: Any = FEW) -> None:
     mesh, params = spread_over_inputs()
-    for quantizer in TRAINED:
+    for quantizer in quantizers:
         with jax.set_mesh(mesh):
             y = quantize(params, quantizer)
             table, packed = tabulate(y, quantizer), pack(y, quantizer)
@@ -126,12 +132,12 @@ def check_refusal() -> None:
                 use(params)
 
 
-def check_shards() -> None:
+def check_shards(names: Any = ("stam",)) -> None:
     """In shard_map the parameters may be whole on each device, but no shards: these have not all weights."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     data, whole = PartitionSpec("data"), PartitionSpec()
     params = jax.tree.map(jnp.asarray, START)
-    for name in ("stam", "straight_through", "admm_quant", "bop"):
+    for name in names:
         optimizer = METHODS[name](optax.sgd(0.1))
 
         def step(params, state, inputs, targets, optimizer=optimizer):
@@ -160,15 +166,22 @@ def step_of_one(optimizer: optax.GradientTransformation, params: Any, state: Any
     return helpers.take_step(optimizer, jax.grad(loss)(params), state, params)
 
 
+def check_representatives() -> None:
+    check_quantizers()
+    check_shipping()
+    check_refusal()
+    check_shards()
+
+
+def check_the_rest() -> None:
+    check_training(with_quantizers(REST))
+    check_methods()
+    check_shipping(REST)
+    check_shards(("straight_through", "admm_quant", "bop"))
+
+
 @pytest.mark.parametrize(
-    "check",
-    [
-        check_quantizers,
-        pytest.param(check_methods, marks=pytest.mark.slow),
-        check_shipping,
-        check_refusal,
-        check_shards,
-    ],
+    "checks", [check_representatives, pytest.param(check_the_rest, marks=pytest.mark.slow)]
 )
-def test_on_eight_devices(check):
-    in_eight(check.__name__)
+def test_on_eight_devices(checks):
+    in_eight(checks.__name__)

@@ -15,9 +15,9 @@ from flax import nnx
 from jax import lax
 
 import stam_jax
-from experiments import convolutions, files, models
 from experiments.config import MODELS, ModelName
-from experiments.data import Images
+from experiments.data.image_sets import Images
+from experiments.networks import convolutions, float_files, models
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -125,8 +125,11 @@ def test_the_narrowest_network_has_a_channel():
     assert parameters("resnet8", width=0.01)["blocks/2/second/conv/kernel"] == (3, 3, 1, 1)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("shape", [(32, 32, 3), (28, 28, 1), (8, 8, 1)])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [*((name, (32, 32, 3)) for name in MODELS), ("vgg11", (8, 8, 1)), ("resnet8", (28, 28, 1))],
+    ids=str,
+)
 def test_every_network_takes_every_image(name, shape):
     logits = nnx.eval_shape(
         lambda network, images: network(images, train=True),
@@ -164,7 +167,7 @@ def test_resnet8_keeps_the_names_of_its_files():
 def test_the_key_decides_the_initial_weights(name):
     # One channel throughout: few shapes, each of which takes a compilation.
     build = lambda seed: models.build(name, dataset(1), width=1 / 512, key=jax.random.key(seed))
-    first, again, other = (files.to_arrays(nnx.state(build(seed), nnx.Param)) for seed in (0, 0, 1))
+    first, again, other = (float_files.to_arrays(nnx.state(build(seed), nnx.Param)) for seed in (0, 0, 1))
     for path, array in first.items():
         np.testing.assert_array_equal(array, again[path])
         assert np.array_equal(array, other[path]) != path.endswith("kernel")
@@ -172,7 +175,7 @@ def test_the_key_decides_the_initial_weights(name):
 
 def test_initial_kernels_are_normal_cut_at_two_deviations_with_the_variance_of_he():
     network = models.build("resnet8", dataset(3), width=4.0, key=jax.random.key(0))
-    for path, array in files.to_arrays(nnx.state(network, nnx.Param)).items():
+    for path, array in float_files.to_arrays(nnx.state(network, nnx.Param)).items():
         if not path.endswith("kernel"):
             assert set(np.unique(array)) == {1.0 if path.endswith("scale") else 0.0}
             continue
@@ -189,6 +192,7 @@ def learn_then_tell(network: models.Network, images: jax.Array) -> tuple[jax.Arr
     return network(images, train=True), network(images)
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_parameters_and_statistics_in_float32_and_the_logits_close():
     whole, short = filled("resnet8"), filled("resnet8", precision="bfloat16")
     images = pictures(64, 8, 8, 3)
@@ -196,8 +200,8 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32_and_the_logits_clos
         assert logits.dtype == jnp.float32
         error = np.sqrt(np.mean(np.square(logits - expected))) / np.std(expected)
         assert 0 < error < 0.05
-    expected = files.to_arrays(nnx.state(whole, (nnx.Param, nnx.BatchStat)))
-    for path, array in files.to_arrays(nnx.state(short, (nnx.Param, nnx.BatchStat))).items():
+    expected = float_files.to_arrays(nnx.state(whole, (nnx.Param, nnx.BatchStat)))
+    for path, array in float_files.to_arrays(nnx.state(short, (nnx.Param, nnx.BatchStat))).items():
         assert array.dtype == np.float32, path
         np.testing.assert_allclose(array, expected[path], rtol=0.05, atol=0.02, err_msg=path)
 

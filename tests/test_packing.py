@@ -62,11 +62,21 @@ QUANTIZERS = [
     PowerOfTwo(bits=3, axis=()),
     LeastSquares(group=2, group_axis=0),
 ]
+# Every quantizer, sharing and dtype once; among the slow tests, more of them together.
 IN_DTYPES = [
+    *((quantizer, "float32") for quantizer in BUILT_IN),
+    (Binary(scale=1.0), "float32"),
+    (Ternary(group=2, group_axis=1, axis=0), "float32"),
+    (Uniform(bits=3, scale=2.0), "float16"),
+    (PowerOfTwo(bits=3, axis=()), "bfloat16"),
+    (LeastSquares(group=2, group_axis=0), "bfloat16"),
+]
+TOGETHER = [
     *((quantizer, "float32") for quantizer in QUANTIZERS),
     *((quantizer, "bfloat16") for quantizer in BUILT_IN[:5]),
     *((quantizer, "float16") for quantizer in (Binary(), Uniform(), PowerOfTwo())),
 ]
+IN_DTYPES += [pytest.param(*pair, marks=pytest.mark.slow) for pair in TOGETHER if pair not in IN_DTYPES]
 
 
 def random_params(dtype: str = "float32", seed: int = 0) -> dict[str, Any]:
@@ -116,7 +126,11 @@ def test_the_quantized_network_comes_back_bit_for_bit(tmp_path, quantizer, dtype
         assert same_bits(packed_reader.read(tmp_path / "file"), named(quantized))
 
 
-@pytest.mark.parametrize("quantizer", [Binary(), Uniform(bits=3), LeastSquares()], ids=repr)
+@pytest.mark.parametrize(
+    "quantizer",
+    [LeastSquares(), *(pytest.param(q, marks=pytest.mark.slow) for q in (Binary(), Uniform(bits=3)))],
+    ids=repr,
+)
 def test_double_precision_comes_back_too(x64, tmp_path, quantizer):
     params = quantize(random_params("float64"), quantizer)
     save_packed(tmp_path / "file", pack(params, quantizer))
@@ -133,9 +147,9 @@ def test_double_precision_comes_back_too(x64, tmp_path, quantizer):
     ("quantizer", "dtype", "rounding"),
     [
         (Binary(), "float32", 1e-6),
-        (Binary(), "bfloat16", 1e-3),
         (Ternary(axis=()), "bfloat16", 1e-3),
-        (LeastSquares(), "float32", 1e-6),
+        pytest.param(Binary(), "bfloat16", 1e-3, marks=pytest.mark.slow),
+        pytest.param(LeastSquares(), "float32", 1e-6, marks=pytest.mark.slow),
     ],
     ids=repr,
 )
@@ -165,20 +179,22 @@ def test_what_is_packed_of_a_hard_network_is_its_quantized_network(quantizer, dt
 
 @pytest.mark.parametrize("size", [1.0, 1e30, 1e-30])
 def test_a_leaf_far_from_its_quantized_weights_is_refused_by_name(size):
-    params = {"a": {"kernel": size * random_params()["a"]["kernel"], "bias": jnp.ones(5)}}
-    for quantizer in (Binary(), Uniform(bits=2)):
+    kernel = np.float32(size) * np.asarray(random_params()["a"]["kernel"])
+    params = {"a": {"kernel": kernel, "bias": np.ones(5, np.float32)}}
+    for quantizer in (Binary(), Uniform()):
         with pytest.raises(ValueError, match=r"pack: the leaf 'a/kernel' is .* hard"):
             pack(params, quantizer)
         hard = quantize(params, quantizer)
         assert same_bits(unpack(pack(hard, quantizer)), quantize(hard, quantizer))
     with pytest.raises(ValueError, match="pack: the leaf 'a/kernel'"):
-        pack(quantize(params, Binary()), Binary(axis=()))
+        pack(quantize(params, Binary()), Binary(scale=1.0))
 
 
 @pytest.mark.parametrize("share", [0.004, 0.04])
 def test_the_bound_of_the_gap_is_one_percent_of_the_norm(share):
     """Binary weights of size 1, half of them 1 + e and half 1 - e: the gap is e / sqrt(1 + e^2)."""
-    params = {"kernel": jnp.ones((64, 2)) + share * jnp.tile(jnp.array([[1.0], [-1.0]]), (32, 1))}
+    up_and_down = np.reshape([1, 1, -1, -1], (4, 1, 1))
+    params = {"kernel": np.float32(1 + share * np.broadcast_to(up_and_down, (4, 4, 5)))}
     (row,) = tabulate(params).rows
     assert row.gap == pytest.approx(share / math.sqrt(1 + share**2), rel=1e-4)
     if share < 0.01:
@@ -188,23 +204,20 @@ def test_the_bound_of_the_gap_is_one_percent_of_the_norm(share):
             pack(params)
 
 
-@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("quantizer", [Binary(), Binary(scale=1.0), LeastSquares()], ids=repr)
 def test_weights_that_are_not_finite_are_refused(quantizer, value):
-    params = {"kernel": jnp.array([[1.0, value], [1.0, 2.0]])}
+    params = {"kernel": np.array(random_params()["a"]["kernel"])}
+    params["kernel"][1, 2, 3] = value
     with pytest.raises(ValueError, match=r"the leaf 'kernel' .*not finite"):
         pack(params, quantizer)
 
 
-def test_the_reader_on_the_page_has_twenty_lines_and_reads(tmp_path):
+def test_the_reader_on_the_page_reads(tmp_path):
     _, block = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    body = block[block.index("def read") :].splitlines()
-    assert len([line for line in body if line.strip()]) <= 20
     scope: dict[str, Any] = {}
     exec(block, scope)
-    quantizers = [q for q in QUANTIZERS if isinstance(q, Binary | Ternary | Uniform)]
-    assert len(quantizers) > 8
-    for quantizer in quantizers:
+    for quantizer in (Binary(), Binary(axis=(0, -1)), Ternary(group=2, group_axis=1, axis=0), Uniform()):
         params = quantize(random_params()["a"], quantizer)
         save_packed(tmp_path / "file", pack(params, quantizer))
         assert same_bits(scope["read"](tmp_path / "file"), quantize(params, quantizer))
@@ -269,11 +282,12 @@ def test_networks_of_every_framework_are_saved_as_trees_of_their_own(tmp_path):
 
 
 def test_jit_takes_packed_networks_and_keeps_them_packed():
-    params = quantize({"kernel": jax.random.normal(jax.random.key(0), (256, 64))})
+    draw = np.random.default_rng(0).normal
+    params = quantize({"kernel": np.float32(draw(size=(256, 64)))})
     packed = jax.device_put(pack(params))
     apply = jax.jit(lambda packed, x: x @ unpack(packed)["kernel"])
-    x = jax.random.normal(jax.random.key(1), (5, 256))
-    np.testing.assert_allclose(apply(packed, x), x @ params["kernel"], rtol=1e-5, atol=1e-5)
+    x = np.float32(draw(size=(5, 256)))
+    np.testing.assert_allclose(apply(packed, x), x @ np.asarray(params["kernel"]), rtol=1e-5, atol=1e-5)
     sizes: Any = apply.lower(packed, x).compile().memory_analysis()
     assert sizes.argument_size_in_bytes == 256 * 64 // 8 + 64 * 4 + x.nbytes
     assert packed["kernel"].nbytes == 256 * 64 // 8 + 64 * 4
@@ -282,25 +296,26 @@ def test_jit_takes_packed_networks_and_keeps_them_packed():
 @pytest.mark.parametrize("quantizer", [Binary(), LeastSquares()], ids=repr)
 def test_stacks_of_packed_networks_go_through_vmap_and_scan(quantizer):
     members = [packed_of(random_params(seed=seed)["a"], quantizer) for seed in range(3)]
-    stack = jax.tree.map(lambda *parts: jnp.stack(parts), *members)
-    whole = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(unpack, members))
+    stack = jax.tree.map(lambda *parts: np.stack(parts), *members)
+    whole = jax.tree.map(lambda *leaves: np.stack(leaves), *map(unpack, members))
     assert same_bits(jax.jit(jax.vmap(unpack))(stack), whole)
     _, scanned = jax.lax.scan(lambda carry, member: (carry, unpack(member)), None, stack)
     assert same_bits(scanned, whole)
 
 
-@pytest.mark.parametrize("quantizer", BUILT_IN, ids=repr)
-def test_exported_functions_take_packed_arguments(quantizer):
-    packed = packed_of(random_params()["a"], quantizer)
-    apply = jax.jit(lambda packed, x: x @ unpack(packed)["kernel"])
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4)), jnp.float32)
+def test_exported_functions_take_packed_arguments():
+    packed = {repr(quantizer): packed_of(random_params()["a"], quantizer) for quantizer in BUILT_IN}
+    apply = jax.jit(lambda packed, x: {name: x @ leaf["kernel"] for name, leaf in unpack(packed).items()})
+    x = np.float32(np.random.default_rng(0).normal(size=(2, 4)))
     data = jax.export.export(apply)(packed, x).serialize()
     # What a process does that has nothing but the bytes, and a packed network of its own.
-    np.testing.assert_array_equal(jax.export.deserialize(data).call(packed, x), apply(packed, x))
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.export.deserialize(data).call(packed, x), apply(packed, x)
+    )
 
 
 def test_a_wide_network_takes_little_more_than_a_bit_per_weight(tmp_path):
-    params = {"kernel": jax.random.normal(jax.random.key(0), (1000, 800))}
+    params = {"kernel": np.float32(np.random.default_rng(0).normal(size=(1000, 800)))}
     size = save_packed(tmp_path / "file", packed_of(params))
     assert 800_000 / 8 + 800 * 4 < size < 800_000 / 8 + 800 * 4 + 700
 
@@ -569,9 +584,9 @@ def test_damage_anywhere_is_found(tmp_path, good):
                 read(path)
 
 
-@pytest.mark.parametrize("quantizer", [Binary(), Ternary(), LeastSquares()], ids=repr)
+@pytest.mark.parametrize("quantizer", [Binary(), LeastSquares()], ids=repr)
 def test_leaves_without_weights_are_stored(tmp_path, quantizer):
-    params = {name: {"kernel": jnp.zeros(shape)} for name, shape in (("a", (0, 2)), ("b", (2, 0)))}
+    params = {name: {"kernel": np.zeros(shape, np.float32)} for name, shape in (("a", (0, 2)), ("b", (2, 0)))}
     save_packed(tmp_path / "file", pack(params, quantizer))
     assert same_bits(unpack(load_packed(tmp_path / "file", like=params)), params)
 
@@ -602,14 +617,14 @@ def test_metadata_come_back_as_json_has_them(tmp_path):
 def test_metadata_may_be_long_but_never_so_long_that_nothing_reads_them(tmp_path):
     """A header takes 100 MB at most, as the safetensors package reads it."""
     path, tree = tmp_path / "file", {"x": np.ones(2)}
-    tokenizer = "0123456789abcdef\n" * 1_000_000
+    tokenizer = "0123456789abcdef\n" * 100_000
     save_packed(path, tree, metadata={"tokenizer": tokenizer})
     assert packed_metadata(path) == {"tokenizer": tokenizer}
     assert load_packed(path, like=tree)["x"].tolist() == [1, 1]
     assert safetensors.numpy.load_file(path).keys() == {"x"}
     before = path.stat()
     with pytest.raises(ValueError, match="metadata"):
-        save_packed(path, tree, metadata={"tokenizer": 6 * tokenizer})
+        save_packed(path, tree, metadata={"tokenizer": 60 * tokenizer})
     assert list(tmp_path.iterdir()) == [path]
     assert (path.stat().st_ino, path.stat().st_size) == (before.st_ino, before.st_size)
     assert packed_metadata(path) == {"tokenizer": tokenizer}
@@ -678,7 +693,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from stam_jax import pack, quantize, unpack
 
 first, second, *_ = jax.devices()
-draw = lambda seed: jax.random.normal(jax.random.key(seed), (16, 8))
+draw = lambda seed: np.float32(np.random.default_rng(seed).normal(size=(16, 8)))
 apart = {"kernel": jax.device_put(draw(0), first), "b": {"kernel": jax.device_put(draw(1), second)}}
 apart["bias"] = jax.device_put(jnp.ones(8), second)
 apart = quantize(apart)
@@ -737,8 +752,8 @@ def test_arrays_of_numpy_stay_what_they_are(tmp_path):
 @pytest.mark.parametrize("quantizer", BUILT_IN, ids=repr)
 def test_strict_settings_of_jax_are_kept(tmp_path, quantizer):
     """Also by channels of zeros."""
-    params = random_params()["a"]
-    params["kernel"] = params["kernel"].at[..., 0].set(0)
+    params = jax.tree.map(np.array, random_params()["a"])
+    params["kernel"][..., 0] = 0
     with jax.numpy_rank_promotion("raise"), jax.debug_nans(True):
         params = quantize(params, quantizer)
         packed = pack(params, quantizer)
@@ -921,11 +936,9 @@ def test_levels_may_be_many_but_a_code_takes_a_byte_at_most(tmp_path):
         pack(params, Steps(257))
 
 
-@pytest.mark.parametrize(
-    "quantizer", [Ternary(), Binary(group=2, group_axis=-2), LeastSquares(axis=())], ids=repr
-)
+@pytest.mark.parametrize("quantizer", [LeastSquares(), Ternary(group=2, group_axis=1, axis=0)], ids=repr)
 def test_the_table_counts_what_there_is(quantizer):
-    params = quantize(random_params() | {"embedding": jnp.ones((3, 2))}, quantizer)
+    params = quantize(random_params() | {"embedding": np.ones((3, 2), np.float32)}, quantizer)
     packed = pack(params, quantizer)
     table, of_params = tabulate(packed), tabulate(params, quantizer)
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(packed, is_leaf=lambda x: isinstance(x, Packed))]
@@ -945,8 +958,8 @@ def test_everything_about_packing_is_public():
 
 @pytest.mark.slow
 def test_resnet18_with_every_kernel_binary_takes_a_29th(tmp_path):
-    from experiments import models
-    from experiments.data import Images
+    from experiments.data.image_sets import Images
+    from experiments.networks import models
 
     images = Images(
         labels=tuple("0123456789"), shape=(32, 32, 3), brightest=255, mean=(0.0,) * 3, deviation=(1.0,) * 3

@@ -1,6 +1,5 @@
 """The command line on several devices, in several processes, and under the signals of a cluster."""
 
-import json
 import os
 import signal
 import socket
@@ -18,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
+from experiments.reporting import run_folder
 from stam_jax import pack, quantize, stam
 
 pytestmark = pytest.mark.slow
@@ -45,7 +45,7 @@ def finish(*processes: subprocess.Popen[str], code: int = 0) -> list[tuple[str, 
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in run_folder.read_csv(folder / "metrics.csv")]
 
 
 def free_address() -> str:
@@ -98,8 +98,8 @@ def test_a_killed_run_goes_on_and_ends_like_the_whole_one(tmp_path, kind, code):
     assert comes(tmp_path / "cut" / "checkpoints" / "45", cut), cut.communicate()
     cut.send_signal(kind)
     ((_, said),) = finish(cut, code=code)
-    assert ("To go on, give the same command again" in said) == (kind == signal.SIGTERM)
-    assert not (tmp_path / "cut" / "result.json").exists()
+    assert ("To go on:" in said) == (kind == signal.SIGTERM)
+    assert not (tmp_path / "cut" / "results.csv").exists()
     ((_, said),) = finish(start(tmp_path, *long, "--output", "cut"))
     assert "WARNING" not in said
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -111,10 +111,10 @@ def test_two_processes_that_are_asked_to_stop_stop_together(single, tmp_path):
     address = free_address()
     together = ("--epochs", "200", "--output", "run", "--coordinator", address, "--processes", "2")
     both = [start(tmp_path, *together, "--process", str(i)) for i in (0, 1)]
-    assert comes(tmp_path / "run" / "metrics.jsonl", both[0])
+    assert comes(tmp_path / "run" / "metrics.csv", both[0])
     both[1].send_signal(signal.SIGTERM)
     ((_, said), _) = finish(*both, code=143)
-    assert "To go on, give the same command again" in said
+    assert "To go on:" in said
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import report
+from experiments.reporting import pages
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
@@ -23,10 +23,10 @@ def test_the_other_examples_run(block, capsys, tmp_path, monkeypatch):
     exec("import optax\nfrom stam_jax import stam\n" + block, {})
 
 
-@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)
 def test_the_results_are_those_of_the_kept_runs(page):
     text = page.read_text()
-    assert report.updated(text, page) == text, "run: python -m experiments report"
+    assert pages.updated(text, page) == text, "run: python -m experiments report"
 
 
 def test_every_public_name_is_documented():

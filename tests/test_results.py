@@ -1,6 +1,5 @@
 """What comparisons promise, trained in full."""
 
-import json
 import statistics
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments.config import METHODS
+from experiments.reporting import run_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,7 +20,7 @@ def test_binary_networks_read_digits_almost_as_well_as_float_ones(tmp_path):
         cwd=ROOT,
         check=True,
     )
-    rows = json.loads((tmp_path / "run" / "result.json").read_text())
+    rows = run_folder.read_csv(tmp_path / "run" / "results.csv")
     mean = lambda method, name: statistics.mean(r[name] for r in rows if r["method"] == method)
     reference = mean("float", "relaxed_accuracy")
     for method in ("binary_connect", "binary_relax", "stam"):
@@ -45,7 +45,7 @@ def test_a_comparison_of_all_methods_ends_with_one_table_of_them(tmp_path):
     lines = [line.split() for line in table.splitlines()]
     named = [words[0] for words in lines if words and words[0] in METHODS]
     assert named == list(METHODS)
-    rows = json.loads((tmp_path / "run" / "result.json").read_text())
+    rows = run_folder.read_csv(tmp_path / "run" / "results.csv")
     assert [row["method"] for row in rows] == list(METHODS)
     for row in rows[1:]:
         # Twice what chance gives: after a fifth of the default run at half its width, some have only begun.

@@ -43,6 +43,7 @@ SGD = optax.sgd(ETA)
 PARAMS = {"bias": jnp.array([0.1, 0.2]), "kernel": jnp.array([[0.5, -2.0], [1.0, 0.25], [-0.75, 1.5]])}
 GRADIENTS = {"bias": jnp.array([1.0, -1.0]), "kernel": jnp.array([[0.1, -0.2], [0.3, 0.4], [-0.5, 0.6]])}
 assert_close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7))
+slow = pytest.mark.slow
 assert_equal = partial(jax.tree.map, np.testing.assert_array_equal)
 
 
@@ -55,17 +56,19 @@ def splitting(optimizer: Any = SGD, **settings: Any) -> Any:
 # The iteration equals the math.
 
 
+growing = lambda k: 0.1 + 0.05 * k
+
+
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("rho", [0.7, lambda k: 0.1 + 0.05 * k], ids=["constant", "schedule"])
 @pytest.mark.parametrize(
-    ("regularizer", "prox", "tau"),
+    ("regularizer", "prox", "tau", "rho"),
     [
-        pytest.param(None, None, 0.0, id="free"),
-        pytest.param(None, None, 5.0, id="free-whatever-tau"),
-        pytest.param(Box(0.4), reference.box(0.4), 3.0, id="box"),
-        pytest.param(Ridge(0.5), reference.ridge(0.5), 3.0, id="ridge"),
-        pytest.param(L1(0.3), reference.l1(0.3), 3.0, id="l1"),
-        pytest.param(L1(0.3), reference.l1(0.3), lambda k: 0.2 * k, id="l1-schedule"),
+        pytest.param(None, None, 0.0, growing, id="free"),
+        pytest.param(None, None, 5.0, 0.7, id="free-whatever-tau"),
+        pytest.param(Box(0.4), reference.box(0.4), 3.0, 0.7, id="box"),
+        pytest.param(Ridge(0.5), reference.ridge(0.5), 3.0, growing, id="ridge"),
+        pytest.param(L1(0.3), reference.l1(0.3), 3.0, 0.7, id="l1"),
+        pytest.param(L1(0.3), reference.l1(0.3), lambda k: 0.2 * k, growing, id="l1-schedule"),
     ],
 )
 def test_the_proximal_form_minimizes_the_three_blocks_in_turn(regularizer, prox, tau, rho):
@@ -88,10 +91,15 @@ RELAXATIONS = {
 }
 
 
+# Every two of inertia, order and relaxation together, and among the slow tests every three.
+ALL_THREE = list(itertools.product((0, 0.3, 0.99, 1), ("first", "last"), RELAXATIONS))
+
+
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("relaxation", RELAXATIONS)
-@pytest.mark.parametrize("order", ["first", "last"])
-@pytest.mark.parametrize("kappa", [0, 0.3, 0.99, 1])
+@pytest.mark.parametrize(
+    ("kappa", "order", "relaxation"),
+    [pytest.param(*each, marks=() if i % 5 in (0, 2) else slow) for i, each in enumerate(ALL_THREE)],
+)
 def test_three_block_splitting_is_its_formula(kappa, order, relaxation):
     relax, expected = RELAXATIONS[relaxation]
     optimizer = splitting(relaxation=relax, inertia=kappa, project=order)
@@ -99,12 +107,16 @@ def test_three_block_splitting_is_its_formula(kappa, order, relaxation):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("order", ["first", "last"])
-@pytest.mark.parametrize("strength", [0.0, math.inf, lambda k: 0.1 * k])
 @pytest.mark.parametrize(
-    ("regularizer", "prox"),
-    [(Box(0.4), reference.box(0.4)), (Ridge(0.5), reference.ridge(0.5))],
-    ids=["box", "ridge"],
+    ("regularizer", "prox", "strength", "order"),
+    [
+        (Box(0.4), reference.box(0.4), 0.0, "first"),
+        (Box(0.4), reference.box(0.4), math.inf, "last"),
+        (Box(0.4), reference.box(0.4), lambda k: 0.1 * k, "first"),
+        (Ridge(0.5), reference.ridge(0.5), 0.0, "last"),
+        (Ridge(0.5), reference.ridge(0.5), math.inf, "first"),
+        (Ridge(0.5), reference.ridge(0.5), lambda k: 0.1 * k, "last"),
+    ],
 )
 def test_three_block_splitting_is_its_formula_with_a_regularizer(regularizer, prox, strength, order):
     relax, expected = RELAXATIONS["squared"]
@@ -177,15 +189,18 @@ def test_the_proximal_form_is_a_configuration_of_the_general_one():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("rho", [1e-3, 1.0, 1e3, 1e6])
 @pytest.mark.parametrize("tau", [None, 5.0])
-def test_no_penalty_limits_the_step(rho, tau):
+def test_no_penalty_limits_the_step(tau):
     exact = reference.Problem.draw(noise=0.0, steps=60)
     ridge = 0.5
     regularized = {"regularizer": Ridge(ridge), "regularizer_penalty": tau} if tau else {}
-    history, _ = helpers.train(stam_proximal(1 / exact.smoothness(), rho, **regularized), exact)
+    eta, penalties = 1 / exact.smoothness(), (1e-3, 1.0, 1e3, 1e6)
+    run = lambda rho: helpers.trajectory(stam_proximal(eta, rho, **regularized), exact, helpers.start(exact))[
+        0
+    ]
+    histories = jax.tree.map(np.asarray, helpers.quick_jit(jax.vmap(run))(np.array(penalties)))
 
-    def objective(x: np.ndarray, bias: np.ndarray) -> float:
+    def objective(rho: float, x: np.ndarray, bias: np.ndarray) -> float:
         """Phi at the exact minimizers y and z for this x."""
         y = reference.project(x)
         value = exact.loss(x, bias) + rho / 2 * np.sum((x - y) ** 2)
@@ -194,10 +209,11 @@ def test_no_penalty_limits_the_step(rho, tau):
             value += ridge / 2 * np.sum(z**2) + tau / 2 * np.sum((x - z) ** 2)
         return value
 
-    steps = zip(history["kernel"], history["bias"], strict=True)
-    values = [objective(exact.kernel, exact.bias), *itertools.starmap(objective, steps)]
-    assert np.all(np.diff(values) <= 1e-12 * values[0])
-    assert values[-1] < values[0] - 1e-3
+    for rho, kernels, biases in zip(penalties, histories["kernel"], histories["bias"], strict=True):
+        steps = zip([exact.kernel, *kernels], [exact.bias, *biases], strict=True)
+        values = [objective(rho, x, bias) for x, bias in steps]
+        assert np.all(np.diff(values) <= 1e-12 * values[0])
+        assert values[-1] < values[0] - 1e-3
 
 
 def test_projecting_first_keeps_the_noise_of_a_step_out_of_the_projection():
@@ -488,12 +504,12 @@ KEEPER = optax.GradientTransformation(
     "optimizer",
     [
         pytest.param(stam_proximal(ETA, 1.0), id="proximal"),
-        pytest.param(stam(optax.adam(ETA), hard_from=5), id="stam"),
+        pytest.param(stam(optax.adam(ETA), hard_from=5), id="stam", marks=slow),
         pytest.param(stam(optax.contrib.schedule_free_adamw(ETA), hard_from=5), id="schedule_free"),
         pytest.param(stam(KEEPER, hard_from=5), id="keeper"),
-        pytest.param(admm_quant(SGD, penalty=1.0, dual_every=1, hard_from=9), id="admm_quant"),
+        pytest.param(admm_quant(SGD, penalty=1.0, dual_every=1, hard_from=9), id="admm_quant", marks=slow),
         pytest.param(admm_quant(KEEPER, penalty=1.0, dual_every=1, hard_from=9), id="admm_quant keeper"),
-        pytest.param(bop(SGD), id="bop"),
+        pytest.param(bop(SGD), id="bop", marks=slow),
     ],
 )
 def test_parameters_and_state_can_be_donated(optimizer):
@@ -568,16 +584,21 @@ STRICT: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", STRICT)
+# One of each relaxation, regularizer, fit and state always.
+STRICTEST = ("proximal-schedule", "regularized", "few-bits", "least-squares", "md_tanh", "admm_quant", "bop")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in STRICTEST else slow) for name in STRICT]
+)
 def test_it_works_where_jax_allows_neither_nan_nor_arrays_of_different_ranks(name):
     # A column of zeros has a scale of zero.
-    optimizer, params = STRICT[name], PARAMS | {"kernel": jnp.zeros((4, 2)).at[:, 0].set(jnp.arange(4.0))}
-    gradients = GRADIENTS | {"kernel": jnp.zeros((4, 2)).at[:, 0].set(0.3)}
+    column = lambda values: {"kernel": jnp.asarray(np.outer(values, [1, 0]), jnp.float32)}
+    optimizer, params, gradients = STRICT[name], PARAMS | column(np.arange(4)), GRADIENTS | column([0.3] * 4)
     with jax.debug_nans(True), jax.numpy_rank_promotion("raise"):
         state = helpers.begin(optimizer, params)
         for _ in range(4):
             params, state = helpers.take_step(optimizer, gradients, state, params)
-        jax.jit(partial(helpers.take_step, optimizer))(gradients, state, params)
     assert all(np.all(np.isfinite(leaf)) for leaf in params.values())
 
 
@@ -610,17 +631,19 @@ def test_the_numbers_of_stam_can_be_injected_and_changed_without_a_new_trace():
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        (stam_proximal, {"learning_rate": 0.1, "penalty": 2.0}),
+        pytest.param(stam_proximal, {"learning_rate": 0.1, "penalty": 2.0}, marks=slow),
         (
             stam_proximal,
             {"learning_rate": 0.1, "penalty": 2.0, "regularizer": Ridge(0.5), "regularizer_penalty": 3.0},
         ),
-        (stam_proximal, {"learning_rate": 0.1, "penalty": 2.0, "regularizer_penalty": 5.0}),
-        (binary_connect, {"clip": 0.4}),
+        pytest.param(
+            stam_proximal, {"learning_rate": 0.1, "penalty": 2.0, "regularizer_penalty": 5.0}, marks=slow
+        ),
+        pytest.param(binary_connect, {"clip": 0.4}, marks=slow),
         (binary_relax, {"growth_every": 3, "hard_from": 10}),
-        (prox_quant, {"threshold": 0.1, "hard_from": 10}),
+        pytest.param(prox_quant, {"threshold": 0.1, "hard_from": 10}, marks=slow),
         (parq, {"hard_from": 10, "anneal_from": 1}),
-        (md_tanh, {"hard_from": 10}),
+        pytest.param(md_tanh, {"hard_from": 10}, marks=slow),
     ],
 )
 def test_the_numbers_of_the_methods_can_be_injected(method, settings):
@@ -701,7 +724,8 @@ def test_a_part_of_a_tree_may_be_its_own():
 def hardened(params: Any, gradients: Any, **settings: Any) -> Any:
     """The parameters after one hard step at a step size of 1."""
     optimizer = splitting(optax.sgd(1.0), **settings)
-    return helpers.take_step(optimizer, gradients, optimizer.init(params), params)[0]
+    step = lambda params, gradients: helpers.take_step(optimizer, gradients, optimizer.init(params), params)
+    return helpers.quick_jit(step)(params, gradients)[0]
 
 
 def test_none_leaves_stay_none():

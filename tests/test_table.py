@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments import compare, runs, table
 from experiments.cli import main
-from experiments.config import CompareSettings, SettingsError
-from experiments.training import Trainer
+from experiments.config import CompareSettings, Override, Overrides, SettingsError
+from experiments.reporting import results, run_folder
+from experiments.training import compare, table
+from experiments.training.begin import begin
+from experiments.training.run import Trainer
 
-ARGUMENTS = (
-    "table --datasets digits --training-images 512 --models resnet8 --methods float stam --seeds 2 --epochs 1"
-    " --width 0.125"
-)
+ARGUMENTS = "table --datasets digits --models resnet8 --methods float stam --seeds 2 --epochs 2 --width 0.125"
 CELLS = [f"{method}-seed{seed}" for method in ("float", "stam") for seed in (0, 1)]
 
 
@@ -64,17 +63,17 @@ def test_going_on_trains_only_what_is_missing(folder, monkeypatch):
     text = (folder / "table.md").read_text()
     assert "Without a result" not in text
     assert text.count("(2) |") == 2
-    assert not (folder / "digits-resnet8" / "stam-seed1" / runs.ERROR).exists()
+    assert not (folder / "digits-resnet8" / "stam-seed1" / run_folder.ERROR).exists()
     with (folder / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [f"{row['method']}-seed{row['seed']}" for row in rows] == CELLS
     for row in rows:
-        (kept,) = runs.read_json(
-            folder / "digits-resnet8" / f"{row['method']}-seed{row['seed']}" / runs.RESULT
+        (kept,) = run_folder.read_csv(
+            folder / "digits-resnet8" / f"{row['method']}-seed{row['seed']}" / run_folder.RESULTS
         )
         assert float(row["relaxed_accuracy"]) == kept["relaxed_accuracy"]
         assert (row["dataset"], row["model"], row["width"]) == ("digits", "resnet8", "0.125")
-        assert row["training_images"] == "512"
+        assert row["training_images"] == ""
     assert (folder / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -93,26 +92,46 @@ def test_a_table_grows_but_does_not_change_its_settings(folder, capsys):
 
 
 def test_the_config_of_a_comparison_says_all_that_was_asked_for(tmp_path):
-    def begin(**asked):
-        settings = CompareSettings(**asked)
-        runs.begin(tmp_path, "compare", settings, resume=True)
+    def asked_for(methods, seeds=1, overrides=None):
+        settings = CompareSettings(methods=methods, seeds=seeds, overrides=Overrides(**(overrides or {})))
+        begin(tmp_path, "compare", settings, resume=True)
         compare.jobs_of(settings, tmp_path, resume=True)
-        return runs.read_json(tmp_path / runs.CONFIG)
+        return run_folder.read_json(tmp_path / run_folder.CONFIG)
 
-    stam, parq = {"stam": {"inertia": ["0.9"]}}, {"parq": {"momentum": ["0.5"]}}
-    begin(methods=("float", "stam"), seeds=2, own=stam)
+    stam, parq = {"stam": Override(weight_decay=0.9)}, {"parq": Override(momentum=0.5)}
+    asked_for(("float", "stam"), seeds=2, overrides=stam)
     # What is said of a method that was not asked for is not yet settled.
-    kept = begin(methods=("float",), seeds=1, own={"parq": {"momentum": ["0.7"]}})
+    kept = asked_for(("float",), overrides={"parq": Override(momentum=0.7)})
     assert (kept["methods"], kept["seeds"]) == (["float", "stam"], 2)
-    kept = begin(methods=("parq", "float"), seeds=1, own=parq)
-    assert (kept["methods"], kept["seeds"], kept["own"]) == (["float", "stam", "parq"], 2, stam | parq)
-    assert begin(methods=("parq", "stam"), own=parq | stam) == kept
-    for methods, own in (
+    kept = asked_for(("parq", "float"), overrides=parq)
+    assert (kept["methods"], kept["seeds"]) == (["float", "stam", "parq"], 2)
+    assert kept["overrides"] == {"stam": {"weight_decay": 0.9}, "parq": {"momentum": 0.5}}
+    assert asked_for(("parq", "stam"), overrides=parq | stam) == kept
+    for methods, overrides in (
         (("stam", "bop"), {}),
-        (("stam",), {"stam": {"momentum": ["0.5"]}}),
+        (("stam",), {"stam": Override(momentum=0.5)}),
         (("all",), parq),
     ):
-        with pytest.raises(SettingsError, match=r"own.stam was \{'inertia': \['0.9'\]\}, and is"):
-            begin(methods=methods, own=own)
-        assert runs.read_json(tmp_path / runs.CONFIG) == kept
-    assert begin(methods=("all",), own=parq | stam)["methods"] == ["all"]
+        with pytest.raises(SettingsError, match=r"overrides.stam was \{'weight_decay': 0.9\}, and is"):
+            asked_for(methods, overrides=overrides)
+        assert run_folder.read_json(tmp_path / run_folder.CONFIG) == kept
+    assert asked_for(("all",), overrides=parq | stam)["methods"] == ["all"]
+
+
+def test_a_comparison_is_collected_once_all_its_runs_are_there(folder, tmp_path, capsys):
+    make(folder)
+    assert main(["collect", str(folder / "digits-resnet8"), "--output", str(tmp_path)]) == 0
+    kept = tmp_path / "digits-resnet8"
+    assert {path.name for path in kept.iterdir()} == {
+        "config.json", "environment.json", "results.csv", "metrics.csv", "curves.png",
+    }  # fmt: skip
+    before, after = results.read(folder / "digits-resnet8"), results.read(kept)
+    assert after == before
+    assert [f"{row['method']}-seed{row['seed']}" for row in after.rows] == CELLS
+    assert len(after.metrics) == len(CELLS) * 2
+    assert all(after.environments[row["environment"]]["packages"]["jax"] for row in after.rows)
+    run_folder.write_json(kept / run_folder.CONFIG, {**after.config, "seeds": 3})
+    assert main(["collect", str(kept), "--output", str(tmp_path / "again")]) == 2
+    assert "is not complete: float has the seeds [0, 1]" in capsys.readouterr().err
+    assert main(["collect", str(tmp_path), "--output", str(tmp_path / "again")]) == 2
+    assert not (tmp_path / "again").exists()

@@ -1,6 +1,8 @@
 """The theorems on runs of problems whose constants are known, and iterations that they do not cover."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import stam_jax
+from benchmarks import theorems
 from benchmarks.problems import PROBLEMS, Problem
-from benchmarks.theorems import SEEDS, TENSOR, build, decrease, everywhere, run
+from benchmarks.theorems import SEEDS, TENSOR, build, everywhere
 from stam_jax import (
     Binary,
     LeastSquares,
     PowerOfTwo,
+    Quantizer,
     Ternary,
     Uniform,
     diagnostics,
@@ -28,148 +32,258 @@ from stam_jax import (
 )
 from stam_jax.quantizers import Shared
 from stam_jax.regularizers import Box, Ridge
-from stam_jax.relaxations import LinearBlend
+from stam_jax.relaxations import LinearBlend, SquaredDistance
 from tests import helpers, reference
 
 # One of them always, the others among the slow tests.
 on_every_problem = pytest.mark.parametrize(
-    "pose",
-    [
-        pytest.param(pose, marks=() if pose is PROBLEMS["waves"] else pytest.mark.slow, id=name)
-        for name, pose in PROBLEMS.items()
-    ],
+    "name", [pytest.param(name, marks=() if name == "waves" else pytest.mark.slow) for name in PROBLEMS]
 )
+
+
+@functools.cache
+def pose(name: str) -> Problem:
+    """The problem, its stochastic gradients a function of what `chances` draws."""
+    problem = PROBLEMS[name]()
+    if name == "digits":
+        return problem
+    return problem._replace(draw=lambda x, noise: jax.grad(problem.loss)(x) + noise)
+
+
+def chances(problem: Problem, seeds: int, steps: int) -> Any:
+    """What the gradients of every step of every run are drawn with."""
+    if problem.start.ndim == 2:  # Minibatches of digits.
+        return jax.random.split(jax.random.key(1), (seeds, steps))
+    noise = np.random.default_rng(1).normal(size=(seeds, steps, problem.start.size))
+    return problem.noise / np.sqrt(problem.start.size) * noise
 
 
 def projected(x: jax.Array) -> jax.Array:
     return quantize(x, everywhere(TENSOR))
 
 
+class Runs(NamedTuple):
+    """What every step of every run came to: arrays over settings, seeds and steps.
+
+    Args:
+        residual: |R|^2, R being how the iteration moved less its noise.
+        measured: the same of the library's residual.
+        work: the flip work.
+    """
+
+    residual: np.ndarray
+    measured: np.ndarray
+    work: np.ndarray
+
+
+def run(
+    problem: Problem,
+    steps: int,
+    learning_rates: Any,
+    penalties: Any,
+    inertias: Any = None,
+    *,
+    seeds: int = SEEDS,
+    take: Callable[[Any, Any], Any] | None = None,
+    quantizer: Quantizer = TENSOR,
+    pulls: dict[str, Any] | None = None,
+    project: Any = "first",
+) -> Runs:
+    """Runs of theorem 1, or with inertias of theorem 2, or of another step: one program for all settings."""
+    pulls, rule = pulls or {}, everywhere(quantizer)
+
+    def one(eta: Any, rho: Any, kappa: Any, drawn: Any) -> Runs:
+        optimizer = stam_proximal(eta, rho, quantizer=rule, **pulls)
+        if inertias is not None:
+            relaxation = SquaredDistance(eta * rho)
+            optimizer = three_block_splitting(
+                optax.sgd(eta), quantizer=rule, relaxation=relaxation, inertia=kappa, project=project
+            )
+        tau = pulls.get("regularizer_penalty", 0.0)
+        moved = diagnostics.effective_step(eta, penalty=rho, regularizer_penalty=tau)
+        model: Any = {"penalty": (1 - kappa) * rho, "quantizer": rule, **pulls}
+        costs: Any = {"learning_rate": eta, "penalty": rho, "inertia": kappa, "quantizer": rule}
+
+        def step(carry: Any, drawn: Any) -> Any:
+            x, state = carry
+            gradient, d = jax.grad(problem.loss)(x), problem.draw(x, drawn)
+            measured = diagnostics.residual(gradient, state, x, **model).whole.total
+            new_x, new_state = helpers.take_step(optimizer, d, state, x)
+            if take is not None:
+                new_x = take(x, d)
+            residual = (x - new_x) / moved - (d - gradient)
+            work = jnp.zeros([])
+            if inertias is not None:
+                work = diagnostics.flip_work(problem.loss, d, (state, x), (new_state, new_x), **costs)
+            return (new_x, new_state), Runs(jnp.sum(residual**2), measured**2, work)
+
+        start: Any = (problem.start, optimizer.init(problem.start))
+        return jax.lax.scan(step, start, drawn)[1]
+
+    settings = np.broadcast_arrays(*map(np.float64, (learning_rates, penalties, inertias or 0.0)))
+    of_seeds = jax.vmap(one, in_axes=(None, None, None, 0))
+    found = helpers.quick_jit(jax.vmap(of_seeds, in_axes=(0, 0, 0, None)))(
+        *settings, chances(problem, seeds, steps)
+    )
+    return jax.tree.map(np.asarray, found)
+
+
+@functools.partial(helpers.quick_jit, static_argnames=("loss", "quantizer", "regularizer"))
+def objective(start: Any, penalty: Any, tau: Any, loss: Any, quantizer: Any, regularizer: Any) -> Any:
+    rule = everywhere(quantizer)
+    state = stam_proximal(1.0, 1.0, quantizer=rule).init(start)
+    pulls: Any = {"regularizer": regularizer, "regularizer_penalty": tau}
+    return diagnostics.objective(loss(start), state, start, penalty=penalty, quantizer=rule, **pulls).total
+
+
+def decrease(problem: Problem, penalty: Any, pulls: Any = None, quantizer: Quantizer = TENSOR) -> float:
+    """How far the objective can fall from the start, at most."""
+    pulls = pulls or {"regularizer": None, "regularizer_penalty": 0.0}
+    box, tau = pulls["regularizer"], pulls["regularizer_penalty"]
+    return float(objective(problem.start, penalty, tau, problem.loss, quantizer, box)) - problem.least
+
+
 def constants(problem: Problem, steps: int, penalty: float, pulls: dict[str, Any] | None = None) -> Any:
-    pulls = pulls or {}
     return {
         "smoothness": problem.smoothness,
         "noise": problem.noise,
-        "decrease": decrease(problem, penalty=penalty, **pulls),
+        "decrease": decrease(problem, penalty, pulls),
         "steps": steps,
         "penalty": penalty,
-        "regularizer_penalty": pulls.get("regularizer_penalty", 0.0),
+        "regularizer_penalty": (pulls or {}).get("regularizer_penalty", 0.0),
     }
 
 
+# Runs of theorem 1 without a regularizer: a penalty and a number of steps each, with the best step for them.
+PLAIN = {
+    "weak": (0.1, 1000),
+    "strong": (30.0, 1000),
+    "strongest": (1e4, 1000),
+    "short": (1.0, 125),
+    "middling": (1.0, 500),
+    "long": (1.0, 2000),
+}
+
+
+@functools.cache
+def plain_runs(name: str) -> dict[str, Runs]:
+    """Each of them over its own steps."""
+    problem = pose(name)
+    known = [constants(problem, steps, penalty) for penalty, steps in PLAIN.values()]
+    rates = [1 / problem.smoothness if k["penalty"] == 1e4 else theory.step_size(**k) for k in known]
+    found = run(problem, 2000, rates, [k["penalty"] for k in known])
+    return {kind: Runs(*(of[i, :, : PLAIN[kind][1]] for of in found)) for i, kind in enumerate(PLAIN)}
+
+
+def assert_under_the_bound(found: Runs, learning_rate: float, known: Any) -> None:
+    allowed = theory.bound(learning_rate, **known)
+    residual = np.mean(found.residual, axis=-1)
+    assert np.all(residual < allowed)
+    # Not by so much that anything would pass.
+    assert np.max(residual) > allowed / 20
+    # And the library measures the residual that the proof speaks of.
+    np.testing.assert_allclose(np.mean(found.measured, axis=-1), residual, rtol=1e-9)
+
+
 @pytest.mark.usefixtures("x64")
 @on_every_problem
-@pytest.mark.parametrize(
-    ("penalty", "pulls"),
-    [
-        (0.1, None),
-        (30.0, None),
-        (1.0, {"regularizer": Box(0.5), "regularizer_penalty": 3.0}),
-        (1.0, {"regularizer": Ridge(0.5), "regularizer_penalty": 0.5}),
-    ],
-    ids=["weak", "strong", "boxed", "ridged"],
-)
-def test_the_residual_stays_under_the_bound_in_every_run(pose, penalty, pulls):
-    problem, steps = pose(), 1000
+@pytest.mark.parametrize("kind", ["weak", "strong"])
+def test_the_residual_stays_under_the_bound_in_every_run(name, kind):
+    penalty, steps = PLAIN[kind]
+    known = constants(pose(name), steps, penalty)
+    assert_under_the_bound(plain_runs(name)[kind], theory.step_size(**known), known)
+
+
+@pytest.mark.usefixtures("x64")
+@on_every_problem
+@pytest.mark.parametrize("regularizer", [Box(0.5), Ridge(0.5)])
+def test_with_a_regularizer_too(name, regularizer):
+    problem, penalty, steps = pose(name), 1.0, 1000
+    pulls = {"regularizer": regularizer, "regularizer_penalty": 3.0 if regularizer == Box(0.5) else 0.5}
     known = constants(problem, steps, penalty, pulls)
     learning_rate = theory.step_size(**known)
-    found = run(problem, steps, learning_rate, penalty=penalty, pulls=pulls)
-    allowed = theory.bound(learning_rate, **known)
-    assert np.all(found.residual < allowed)
-    # Not by so much that anything would pass.
-    assert np.max(found.residual) > allowed / 20
-    # And the library measures the residual that the proof speaks of.
-    np.testing.assert_allclose(found.measured, found.residual, rtol=1e-9)
+    found = run(problem, steps, [learning_rate], [penalty], pulls=pulls)
+    assert_under_the_bound(found, learning_rate, known)
 
 
 @pytest.mark.usefixtures("x64")
 @on_every_problem
-def test_the_residual_falls_as_the_fourth_root_of_the_steps(pose):
-    problem, penalty = pose(), 1.0
-    lengths = [250, 1000, 4000]
-    roots = []
-    for steps in lengths:
-        learning_rate = theory.step_size(**constants(problem, steps, penalty))
-        roots.append(np.sqrt(np.mean(run(problem, steps, learning_rate, penalty=penalty).measured)))
-    slope = np.polyfit(np.log(lengths), np.log(roots), 1)[0]
+def test_the_residual_falls_as_the_fourth_root_of_the_steps(name):
+    kinds = ("short", "middling", "long")
+    roots = [np.sqrt(np.mean(plain_runs(name)[kind].measured)) for kind in kinds]
+    slope = np.polyfit(np.log([PLAIN[kind][1] for kind in kinds]), np.log(roots), 1)[0]
     assert -0.5 < slope <= -0.22
 
 
 @pytest.mark.usefixtures("x64")
 @on_every_problem
-def test_an_explicit_penalty_step_breaks_the_bound_and_the_proximal_one_does_not(pose):
-    problem, steps, penalty = pose(), 1000, 1e4
-    known = constants(problem, steps, penalty)
+def test_an_explicit_penalty_step_breaks_the_bound_and_the_proximal_one_does_not(name):
+    problem, (penalty, steps) = pose(name), PLAIN["strongest"]
     learning_rate = 1 / problem.smoothness
-
-    def explicit(x: Any, d: Any) -> Any:
-        return x - learning_rate * (d + penalty * (x - projected(x)))
-
-    allowed = theory.bound(learning_rate, **known)
-    wrong = run(problem, steps, learning_rate, penalty=penalty, take=explicit, seeds=4)
-    assert not np.any(wrong.residual < allowed)
-    assert not np.any(wrong.measured < allowed)
-    right = run(problem, steps, learning_rate, penalty=penalty, seeds=4)
-    assert np.all(right.residual < allowed)
+    explicit = lambda x, d: x - learning_rate * (d + penalty * (x - projected(x)))
+    wrong = run(problem, steps, [learning_rate], [penalty], take=explicit, seeds=4)
+    right = plain_runs(name)["strongest"]
+    allowed = theory.bound(learning_rate, **constants(problem, steps, penalty))
+    assert not np.any(np.mean(wrong.residual, axis=-1) < allowed)
+    assert not np.any(np.mean(wrong.measured, axis=-1) < allowed)
+    assert np.all(np.mean(right.residual, axis=-1) < allowed)
 
 
 @pytest.mark.usefixtures("x64")
 @on_every_problem
-def test_noise_in_the_projection_breaks_the_bound_where_quantized_weights_are_small(pose):
+def test_noise_in_the_projection_breaks_the_bound_where_quantized_weights_are_small(name):
     """They are a tenth of what the noise moves a weight by: with "last", noise chooses the signs."""
-    problem, steps = pose(), 2000
+    problem, steps = pose(name), 1000
     learning_rate, penalty = 1 / problem.smoothness, 100 * problem.smoothness
     alpha = float(0.1 * learning_rate * problem.noise / np.sqrt(problem.start.size))
-    problem = problem._replace(start=jnp.where(problem.start >= 0, alpha, -alpha))
+    problem = problem._replace(start=np.where(problem.start >= 0, alpha, -alpha))
     known = constants(problem, steps, penalty)
-    known["decrease"] = decrease(problem, quantizer=Binary(scale=alpha), penalty=penalty)
+    known["decrease"] = decrease(problem, penalty, quantizer=Binary(scale=alpha))
     allowed = theory.bound(learning_rate, **known)
-    settings: Any = {"penalty": penalty, "quantizer": Binary(scale=alpha), "seeds": 4}
-    right = run(problem, steps, learning_rate, project="first", **settings)
-    wrong = run(problem, steps, learning_rate, project="last", **settings)
-    assert np.all(right.residual < allowed)
+    settings: Any = {"quantizer": Binary(scale=alpha), "seeds": 4}
+    right = run(problem, steps, [learning_rate], [penalty], **settings)
+    wrong = run(problem, steps, [learning_rate], [penalty], [0.0], project="last", **settings)
+    assert np.all(np.mean(right.residual, axis=-1) < allowed)
     # At the y that has seen the noise, not at the one from before it.
-    assert np.all(wrong.residual > 5 * allowed)
-    assert np.all(wrong.measured < allowed)
+    assert np.all(np.mean(wrong.residual, axis=-1) > 5 * allowed)
+    assert np.all(np.mean(wrong.measured, axis=-1) < allowed)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("penalty", [1e-3, 1.0, 1e3, 1e6])
-def test_the_penalty_never_limits_the_step(penalty):
-    problem = PROBLEMS["waves"](noise=0.0)
+def test_the_penalty_never_limits_the_step():
+    problem, steps, penalties = pose("waves")._replace(noise=0.0), 20_000, (1e-3, 1.0, 1e3, 1e6)
     learning_rate = 1 / problem.smoothness
-    short, long = (
-        run(problem, steps, learning_rate, penalty=penalty, seeds=1).residual[0] for steps in (200, 20_000)
-    )
-    assert long <= theory.bound(learning_rate, **constants(problem, 20_000, penalty))
-    assert long < short / 5
+    found = run(problem, steps, learning_rate, penalties, seeds=1).residual[:, 0]
+    for penalty, residual in zip(penalties, found, strict=True):
+        assert np.mean(residual) <= theory.bound(learning_rate, **constants(problem, steps, penalty))
+        assert np.mean(residual) < np.mean(residual[:200]) / 5
 
 
 @pytest.mark.usefixtures("x64")
 @on_every_problem
 @pytest.mark.parametrize("project", ["first", "last"])
-@pytest.mark.parametrize("kappa", [0.0, 0.5, 0.9, 0.99, 1.0])
-def test_with_inertia_the_residual_stays_under_the_bound_with_the_flip_work(pose, kappa, project):
-    problem, steps, penalty = pose(), 1000, 30.0
-    learning_rate = 1 / problem.smoothness
-    settings: Any = {"penalty": penalty, "inertia": kappa, "project": project}
-    found = run(problem, steps, learning_rate, with_work=True, **settings)
-    pull = (1 - kappa) * penalty
-    fall = decrease(problem, penalty=pull) + found.work
-    moved = learning_rate / (1 + learning_rate * penalty)
-    allowed = 2 * fall / (moved * steps) + (problem.smoothness + pull) * moved * problem.noise**2
-    known = constants(problem, steps, penalty) | {"decrease": fall[0], "inertia": kappa}
-    assert theory.bound(learning_rate, **known) == pytest.approx(allowed[0], rel=1e-12)
-    assert np.all(found.measured < allowed)
-    assert np.max(found.measured / allowed) > 1 / 20
-    assert np.all(found.work != 0)
+def test_with_inertia_the_residual_stays_under_the_bound_with_the_flip_work(name, project):
+    problem, steps, penalty = pose(name), 1000, 30.0
+    learning_rate, inertias = 1 / problem.smoothness, (0.0, 0.5, 0.9, 0.99, 1.0)
+    found = run(problem, steps, learning_rate, penalty, inertias, project=project)
+    moved = diagnostics.effective_step(learning_rate, penalty=penalty)
+    for i, kappa in enumerate(inertias):
+        work, measured = np.sum(found.work[i], axis=-1), np.mean(found.measured[i], axis=-1)
+        pull = (1 - kappa) * penalty
+        fall = decrease(problem, pull) + work
+        allowed = 2 * fall / (moved * steps) + (problem.smoothness + pull) * moved * problem.noise**2
+        known = constants(problem, steps, penalty) | {"decrease": fall[0], "inertia": kappa}
+        assert theory.bound(learning_rate, **known) == pytest.approx(allowed[0], rel=1e-12)
+        assert np.all(measured < allowed)
+        assert np.max(measured / allowed) > 1 / 20
+        assert np.all(work != 0)
 
 
 @pytest.mark.usefixtures("x64")
 @on_every_problem
-def test_penalties_that_grow_pay_with_the_penalty_work(pose):
+def test_penalties_that_grow_pay_with_the_penalty_work(name):
     """Steps and penalties may change as long as the steps stay below 1 / L and the penalties do not fall."""
-    problem, steps = pose(), 1000
+    problem, steps = pose(name), 1000
     rates = optax.exponential_decay(1 / problem.smoothness, steps, 0.1)
     rho = optax.exponential_decay(0.01, steps, 1e4)
     tau = optax.exponential_decay(0.1, steps, 10.0)
@@ -177,17 +291,17 @@ def test_penalties_that_grow_pay_with_the_penalty_work(pose):
     rule = everywhere(TENSOR)
     optimizer = stam_proximal(rates, rho, quantizer=rule, regularizer=box, regularizer_penalty=tau)
 
-    def one(key: jax.Array) -> Any:
+    def one(drawn: Any) -> Any:
         def step(carry: Any, given: Any) -> Any:
             x, state = carry
-            k, key = given
+            k, drawn = given
             eta, r, t, next_r, next_t = (
                 jnp.asarray(number) for number in (rates(k), rho(k), tau(k), rho(k + 1), tau(k + 1))
             )
             model: Any = {"penalty": r, "regularizer": box, "regularizer_penalty": t, "quantizer": rule}
             moved = diagnostics.effective_step(eta, penalty=r, regularizer_penalty=t)
             residual = diagnostics.residual(jax.grad(problem.loss)(x), state, x, **model).whole.total
-            new_x, new_state = helpers.take_step(optimizer, problem.draw(x, key), state, x)
+            new_x, new_state = helpers.take_step(optimizer, problem.draw(x, drawn), state, x)
             from_quantized = jnp.sum((new_x - projected(new_x)) ** 2)
             from_box = jnp.sum((new_x - box.prox(new_x, 1 / t)) ** 2)
             work = (next_r - r) / 2 * from_quantized + (next_t - t) / 2 * from_box
@@ -196,15 +310,30 @@ def test_penalties_that_grow_pay_with_the_penalty_work(pose):
 
         ks = jnp.arange(steps)
         start = (problem.start, optimizer.init(problem.start))
-        _, found = jax.lax.scan(step, start, (ks, jax.random.split(key, steps)))
+        _, found = jax.lax.scan(step, start, (ks, drawn))
         return jax.tree.map(jnp.sum, found)
 
-    squares, work, noise, moved = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(1), SEEDS))
-    first: Any = {"penalty": rho(0), "regularizer": box, "regularizer_penalty": tau(0)}
-    allowed = (2 * (decrease(problem, **first) + work) + noise) / moved
+    squares, work, noise, moved = helpers.quick_jit(jax.vmap(one))(chances(problem, SEEDS, steps))
+    fall = decrease(problem, 0.01, {"regularizer": box, "regularizer_penalty": 0.1})
+    allowed = (2 * (fall + work) + noise) / moved
     assert np.all(squares / moved < allowed)
     assert np.max(squares / moved / allowed) > 1 / 100
     assert np.all(work > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_the_table_in_the_documentation_is_of_such_runs():
+    problem, kappa = pose("waves"), 0.9
+    row = theorems.measure("waves", kappa, "last")
+    rate = 1 / problem.smoothness
+    mine = run(problem, theorems.STEPS, rate, [theorems.PENALTY], [kappa], project="last")
+    # With other noise.
+    assert row["residual"] == pytest.approx(np.mean(mine.measured), rel=0.02)
+    assert row["work"] == pytest.approx(np.mean(np.sum(mine.work, axis=-1)), rel=0.1)
+    assert row["kept"] == SEEDS
+    assert row["residual"] < row["bound"]
+    assert row["flips"] > 0
 
 
 @pytest.mark.usefixtures("x64")
@@ -251,7 +380,6 @@ EXACT = {
 }
 NEARLY = {
     "ternary": (Ternary(), 0.01),
-    "ternary per tensor": (Ternary(axis=()), 0.01),
     "uniform": (Uniform(bits=3), 0.01),
     "uniform of 4 bits per tensor": (Uniform(bits=4, axis=()), 0.01),
     "power of two per tensor": (PowerOfTwo(bits=3, axis=()), 0.01),
@@ -260,11 +388,10 @@ NEARLY = {
 weights_of_a_kernel = st.lists(st.floats(-4, 4, width=16), min_size=8, max_size=8)
 
 
-def blended(quantizer: Any, dtype: Any) -> Any:
-    """What w, and where a step without a gradient leads from it, are quantized to; and that point itself."""
+def blended(quantizers: Any, dtype: Any) -> Any:
+    """Of each quantizer: where a step without a gradient leads from w, and what both are quantized to."""
 
-    @jax.jit
-    def step(w: jax.Array, theta: jax.Array) -> Any:
+    def step(quantizer: Any, w: jax.Array, theta: jax.Array) -> Any:
         optimizer = three_block_splitting(
             optax.identity(), quantizer=quantizer, relaxation=LinearBlend(theta), inertia=1.0
         )
@@ -273,50 +400,50 @@ def blended(quantizer: Any, dtype: Any) -> Any:
         trees = (x, quantize(x, quantizer), quantize(params, quantizer))
         return tuple(tree["kernel"].astype(jnp.float32) for tree in trees)
 
-    return step
+    found = helpers.quick_jit(lambda w, theta: {name: step(q, w, theta) for name, q in quantizers.items()})
+    return lambda w, theta: found(np.float32(w), np.float32(theta)).items()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", EXACT)
-def test_a_point_on_the_way_to_the_projection_has_the_same_projection(name, dtype):
-    step = blended(EXACT[name], dtype)
+def test_a_point_on_the_way_to_the_projection_has_the_same_projection(dtype):
+    steps = blended(EXACT, dtype)
 
     @given(weights=weights_of_a_kernel, theta=st.floats(0.02, 1.0))
     def check(weights, theta):
-        w = jnp.asarray(weights, jnp.float32).reshape(4, 2)
-        _, again, y = step(w, theta)
-        np.testing.assert_array_equal(again >= 0, y >= 0)
-        np.testing.assert_allclose(again, y, rtol=2e-6 if dtype == "float32" else 2e-2)
+        for name, (_, again, y) in steps(np.reshape(weights, (4, 2)), theta):
+            again, y = np.asarray(again), np.asarray(y)
+            np.testing.assert_array_equal(again >= 0, y >= 0, err_msg=name)
+            np.testing.assert_allclose(again, y, rtol=2e-6 if dtype == "float32" else 2e-2, err_msg=name)
 
     check()
 
 
-@pytest.mark.parametrize("name", NEARLY)
-def test_where_scales_are_searched_for_it_is_as_near_as_the_search_is_good(name):
-    quantizer, share = NEARLY[name]
-    step = blended(quantizer, "float32")
+def test_where_scales_are_searched_for_it_is_as_near_as_the_search_is_good():
+    steps = blended({name: quantizer for name, (quantizer, _) in NEARLY.items()}, "float32")
     distance = lambda x, y: float(np.sum((np.float64(x) - np.float64(y)) ** 2))
 
     def check(w, theta):
-        x, again, y = step(jnp.asarray(w, jnp.float32), theta)
-        assert distance(x, again) <= distance(x, y) + share * distance(x, 0) + 1e-9
+        for name, (x, again, y) in steps(w, theta):
+            share = NEARLY[name][1]
+            assert distance(x, again) <= distance(x, y) + share * distance(x, 0) + 1e-6, name
         # Once hard there is nothing left to search for.
-        hard, again_hard, _ = step(jnp.asarray(w, jnp.float32), 1.0)
-        np.testing.assert_allclose(hard, y, rtol=1e-6)
-        np.testing.assert_allclose(again_hard, y, rtol=1e-5)
-        return again, y
+        for name, (hard, again, y) in steps(w, 1.0):
+            np.testing.assert_allclose(hard, y, rtol=1e-6, err_msg=name)
+            np.testing.assert_allclose(again, y, rtol=1e-5, err_msg=name)
 
     @given(weights=weights_of_a_kernel, theta=st.floats(0.02, 1.0))
     def check_any(weights, theta):
-        check(np.reshape(weights, (4, 2)), theta)
+        # Copies of the columns, and of every weight in them, have the scales of one.
+        check(np.tile(np.reshape(weights, (4, 2)), (64, 8)), theta)
 
     check_any()
     # Among many normal weights the two differ little.
     w = np.random.default_rng(0).normal(size=(256, 16))
     for theta in (0.1, 0.5, 0.9):
-        again, y = check(w, theta)
-        assert distance(again, y) < 0.03**2 * distance(w, 0)
-        assert np.all(again * y >= 0)
+        check(w, theta)
+        for name, (_, again, y) in steps(w, theta):
+            assert distance(again, y) < 0.03**2 * distance(w, 0), name
+            assert np.all(np.asarray(again) * np.asarray(y) >= 0), name
 
 
 def test_every_kind_of_quantizer_is_among_them():
@@ -330,18 +457,17 @@ def test_every_kind_of_quantizer_is_among_them():
 def test_the_parameters_and_the_latent_weights_are_quantized_to_the_same_network(dtype):
     """At every step of a run whose signs turn, before the network is hard and after."""
     optimizer = stam(optax.sgd(0.3, momentum=0.9), hard_from=30, inertia=0.9)
-    keys = jax.random.split(jax.random.key(0), 40)
+    start, *noise = np.random.default_rng(0).normal(size=(41, 32, 8))
 
-    @jax.jit
+    @helpers.quick_jit
     def train(params: Any) -> Any:
-        def step(carry: Any, key: jax.Array) -> Any:
-            gradients = {"kernel": jax.random.normal(key, (32, 8), dtype)}
+        def step(carry: Any, gradients: Any) -> Any:
             params, state = helpers.take_step(optimizer, gradients, carry[1], carry[0])
             return (params, state), (quantize(params)["kernel"], quantize(state.latent)["kernel"])
 
-        return jax.lax.scan(step, (params, optimizer.init(params)), keys)[1]
+        return jax.lax.scan(step, (params, optimizer.init(params)), {"kernel": jnp.asarray(noise, dtype)})[1]
 
-    of_params, of_latent = train({"kernel": jax.random.normal(jax.random.key(1), (32, 8), dtype)})
+    of_params, of_latent = train({"kernel": jnp.asarray(start, dtype)})
     # Step 0 does not pull yet.
     of_params, of_latent = (np.asarray(y[1:], np.float32) for y in (of_params, of_latent))
     np.testing.assert_array_equal(of_params > 0, of_latent > 0)
@@ -422,22 +548,23 @@ def test_noise_in_weights_that_are_not_quantized_has_a_share_of_its_own():
     signs, eta = Binary(scale=1.0), 1 / smoothness
     optimizer = stam_proximal(eta, rho, quantizer=signs)
     start = {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
+    noise = float_noise * np.random.default_rng(1).normal(size=(SEEDS, steps, 1))
 
-    def one(key: jax.Array) -> Any:
-        def step(carry: Any, key: jax.Array) -> Any:
+    def one(noise: jax.Array) -> Any:
+        def step(carry: Any, noise: jax.Array) -> Any:
             params, state = carry
             gradients = jax.grad(loss)(params)
             model: Any = {"penalty": rho, "quantizer": signs}
             found = diagnostics.residual(gradients, state, params, **model)
             objective = diagnostics.objective(loss(params), state, params, **model).total
-            noisy = gradients | {"bias": gradients["bias"] + float_noise * jax.random.normal(key, (1,))}
+            noisy = gradients | {"bias": gradients["bias"] + noise}
             squares = found.leaves["kernel"].total ** 2, found.leaves["bias"].total ** 2
             return helpers.take_step(optimizer, noisy, state, params), (*squares, objective)
 
-        _, found = jax.lax.scan(step, (start, optimizer.init(start)), jax.random.split(key, steps))
+        _, found = jax.lax.scan(step, (start, optimizer.init(start)), noise)
         return jnp.mean(found[0]), jnp.mean(found[1]), jnp.min(found[2])
 
-    of_kernel, of_bias, least = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(1), SEEDS))
+    of_kernel, of_bias, least = helpers.quick_jit(jax.vmap(one))(noise)
     known: Any = {
         "smoothness": smoothness,
         "noise": 0.0,

@@ -13,19 +13,30 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import data, devices, files, grid, optimizers, runs
 from experiments.cli import RECIPES, main
-from experiments.config import CompareSettings, Execution, SettingsError, StoppedError, TrainSettings
-from experiments.training import Progress, Trainer
+from experiments.config import (
+    CompareSettings,
+    Execution,
+    Override,
+    Overrides,
+    SettingsError,
+    StoppedError,
+    TrainSettings,
+)
+from experiments.data import devices, image_sets
+from experiments.networks import float_files
+from experiments.reporting import run_folder
+from experiments.training import compare, optimizers
+from experiments.training.run import Progress, Trainer
 
 TINY = TrainSettings(width=0.125, epochs=3, batch_size=128)
-QUICK = ("--width", "0.125", "--epochs", "1", "--batch-size", "1024")
+QUICK = ("--width", "0.125", "--epochs", "2", "--batch-size", "128")
 STEPS = 9  # An epoch of the 1,197 digits.
 
 
 @pytest.fixture(scope="module")
 def trainer() -> Trainer:
-    return Trainer(TINY, data.load("digits"))
+    return Trainer(TINY, image_sets.load("digits"))
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +49,17 @@ def whole(trainer, tmp_path_factory) -> Path:
 
 def metrics(folder: Path) -> list[dict]:
     """The metrics of a run, but for how long it took."""
-    return [row | {"seconds": None} for row in runs.read_metrics(folder / runs.METRICS)]
+    return [row | {"seconds": None} for row in run_folder.read_csv(folder / run_folder.METRICS)]
 
 
 def weights(folder: Path) -> dict[str, bytes]:
     """Every bit of a run's network."""
-    return {name: array.tobytes() for name, array in load_file(folder / runs.RELAXED).items()}
+    return {name: array.tobytes() for name, array in load_file(folder / run_folder.RELAXED).items()}
 
 
-def run_until(trainer: Trainer, folder: Path, stop: int) -> None:
-    """A run that gets SIGTERM at a step."""
-    progress = Progress(step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == stop else None)
+def run_until(trainer: Trainer, folder: Path, stop: int, number: int = signal.SIGTERM) -> None:
+    """A run that gets a signal at a step."""
+    progress = Progress(step=lambda step: os.kill(os.getpid(), number) if step == stop else None)
     with devices.stop_requests() as stop_requested:
         trainer.run(0, folder, progress, stop_requested=stop_requested)
 
@@ -79,31 +90,75 @@ def test_a_run_goes_on_from_its_last_kept_state_when_it_was_cut_off(trainer, who
     assert seen[0] == STEPS
     assert weights(tmp_path) == weights(whole)
     assert metrics(tmp_path) == metrics(whole)
-    kept = {int(path.name) for path in (tmp_path / runs.CHECKPOINTS).iterdir()}
+    kept = {int(path.name) for path in (tmp_path / run_folder.CHECKPOINTS).iterdir()}
     assert kept == {STEPS, 2 * STEPS, 3 * STEPS}
 
 
 def test_a_finished_run_leaves_no_checkpoint_that_nobody_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.checkpoints._SECONDS", -1)  # Saves after every step.
+    monkeypatch.setattr(
+        "experiments.training.checkpoints.Checkpoints.is_due", lambda self, step, **_: step == 4
+    )
     assert main(["train", *QUICK, "--output", str(tmp_path / "run")]) == 0
-    assert not (tmp_path / "run" / runs.CHECKPOINTS).exists()
-    assert (tmp_path / "run" / runs.RESULT).is_file()
+    assert not (tmp_path / "run" / run_folder.CHECKPOINTS).exists()
+    assert (tmp_path / "run" / run_folder.RESULTS).is_file()
 
 
 def test_a_line_of_metrics_that_was_cut_off_is_written_anew(trainer, whole, tmp_path):
     with pytest.raises(StoppedError):
         run_until(trainer, tmp_path, STEPS + 1)
-    with (tmp_path / runs.METRICS).open("a") as file:
-        file.write('{"epoch": 2, "lo')
+    with (tmp_path / run_folder.METRICS).open("a") as file:
+        file.write("2,18,0.5")
     trainer.run(0, tmp_path)
     assert metrics(tmp_path) == metrics(whole)
 
 
 def test_a_signal_after_the_run_means_what_it_meant_before(trainer, tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(StoppedError):
-        run_until(trainer, tmp_path, 1)
-    assert signal.getsignal(signal.SIGTERM) == before
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    for number in numbers:
+        with pytest.raises(StoppedError):
+            run_until(trainer, tmp_path, 1, number)
+        assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_second_interrupt_does_not_wait_for_the_state(trainer, tmp_path):
+    def interrupt(step: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), devices.stop_requests() as stop_requested:
+        trainer.run(0, tmp_path, Progress(step=interrupt), stop_requested=stop_requested)
+
+
+def test_an_interrupt_saves_the_state_and_prints_the_command_that_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    learn = Trainer._measure
+
+    def interrupted(self, epoch, *rest):
+        os.kill(os.getpid(), signal.SIGINT)
+        return learn(self, epoch, *rest)
+
+    monkeypatch.setattr(Trainer, "_measure", interrupted)
+    assert main(["train", *QUICK]) == 130
+    (folder,) = Path("runs").iterdir()
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2].startswith("stopped in epoch 1, after 9 of 18 steps; the state is saved")
+    assert said[-1].split() == [
+        "python", "-m", "experiments", "train", *QUICK, "--output", str(folder), "--resume",
+    ]  # fmt: skip
+    monkeypatch.setattr(Trainer, "_measure", learn)
+    assert main(said[-1].split()[3:]) == 0
+    assert "no checkpoint" not in capsys.readouterr().out
+    assert [row["epoch"] for row in run_folder.read_csv(folder / "metrics.csv")] == [1, 2]
+
+
+def test_a_run_without_a_checkpoint_says_that_it_starts_over(tmp_path, capsys):
+    arguments = ["train", *QUICK, "--output", str(tmp_path / "run"), "--resume"]
+    assert main(arguments) == 0
+    assert "no checkpoint yet" not in capsys.readouterr().out
+    (tmp_path / "run" / run_folder.RESULTS).unlink()
+    assert main(arguments) == 0
+    assert "no checkpoint yet: starting over" in capsys.readouterr().out
 
 
 def test_a_signal_at_the_last_step_stops_before_the_next_run(tmp_path, monkeypatch, capsys):
@@ -118,7 +173,7 @@ def test_a_signal_at_the_last_step_stops_before_the_next_run(tmp_path, monkeypat
     arguments = ["compare", "--methods", "float", "stam", *QUICK, "--output"]
     assert main([*arguments, str(tmp_path / "run")]) == 143
     assert "stopped after 1 of 2 runs" in capsys.readouterr().err
-    assert (tmp_path / "run" / "float-seed0" / runs.RESULT).is_file()
+    assert (tmp_path / "run" / "float-seed0" / run_folder.RESULTS).is_file()
 
 
 def test_streamed_images_train_the_same_network(trainer, whole, tmp_path):
@@ -173,31 +228,30 @@ def test_measuring_seldom_changes_nothing_but_what_is_measured(trainer, whole, t
 def test_a_warm_start_begins_at_the_weights_of_a_run(trainer, whole):
     import jax
 
-    state = trainer.initial_state(jax.random.key(5), whole / runs.RELAXED)
-    begun = {**files.to_arrays(state.params), **files.to_arrays(state.stats)}
+    state = trainer.initial_state(jax.random.key(5), whole / run_folder.RELAXED)
+    begun = {**float_files.to_arrays(state.params), **float_files.to_arrays(state.stats)}
     assert {name: array.tobytes() for name, array in begun.items()} == weights(whole)
 
 
 def test_a_method_has_its_own_settings_in_the_place_of_those_for_all():
-    own = {"parq": {"learning-rate": ["0.3"], "decay_from": ["0.5"]}, "stam": {"exclude": ["stem", "head"]}}
-    settings = CompareSettings(learning_rate=0.05, own=own)
-    settled = settings.run("parq", 0).settled()
-    assert settled == TrainSettings(method="parq", learning_rate=0.3, decay_from=0.5)
-    assert settled.settled() == settled
+    overrides = Overrides(
+        parq=Override(learning_rate=0.3, decay_from=0.5), stam=Override(exclude=("stem", "head"))
+    )
+    settings = CompareSettings(learning_rate=0.05, overrides=overrides)
+    assert settings.run("parq", 0) == TrainSettings(method="parq", learning_rate=0.3, decay_from=0.5)
     expected = TrainSettings(method="stam", learning_rate=0.05, exclude=("stem", "head"), seed=2)
-    assert settings.run("stam", 2).settled() == expected
-    assert settings.run("float", 0).settled() == TrainSettings(method="float", learning_rate=0.05)
+    assert settings.run("stam", 2) == expected
+    assert settings.run("float", 0) == TrainSettings(method="float", learning_rate=0.05)
 
 
 def test_the_float_run_of_a_warm_start_has_the_settings_of_float_and_not_those_of_the_method(tmp_path):
-    own = {"parq": {"learning_rate": ["0.3"], "decay_from": ["0.5"]}, "float": {"epochs": ["7"]}}
-    settings = CompareSettings(learning_rate=0.05, warm_start=True, own=own)
-    job = grid.Job(settings.run("parq", 1), tmp_path, judged_on="validation")
-    start, warm = grid.with_warm_start(job, tmp_path / "float")
-    assert start.judged_on == warm.judged_on == "validation"
-    assert (warm.settings.learning_rate, warm.settings.epochs) == (0.3, settings.epochs)
-    assert start.settings == settings.run("float", 1).settled()
-    assert (start.settings.learning_rate, start.settings.decay_from, start.settings.epochs) == (0.05, None, 7)
+    overrides = Overrides(parq=Override(learning_rate=0.3, decay_from=0.5), float=Override(momentum=0.7))
+    settings = CompareSettings(methods=("parq",), learning_rate=0.05, warm_start=True, overrides=overrides)
+    start, warm = compare.jobs_of(settings, tmp_path, resume=False)
+    assert (start.settings, warm.settings) == (settings.run("float", 0), settings.run("parq", 0))
+    assert (start.settings.learning_rate, start.settings.decay_from) == (0.05, None)
+    assert (start.settings.momentum, warm.settings.momentum) == (0.7, 0.9)
+    assert warm.start == start.folder
 
 
 def test_train_runs_the_float_network_of_a_warm_start_first(tmp_path, monkeypatch):
@@ -205,13 +259,13 @@ def test_train_runs_the_float_network_of_a_warm_start_first(tmp_path, monkeypatc
     assert main(["train", "--warm-start", *QUICK, "--output", "warm"]) == 0
     config = json.loads(Path("warm/float/config.json").read_text())
     assert config["method"] == "float"
-    assert json.loads(Path("warm/result.json").read_text())[0]["method"] == "stam"
+    assert run_folder.read_csv(Path("warm/results.csv"))[0]["method"] == "stam"
 
 
 def test_metrics_go_to_tensorboard_on_request(trainer, tmp_path):
-    watched = Trainer(dataclasses.replace(TINY, epochs=1), trainer.dataset, Execution(tensorboard=True))
+    watched = Trainer(TINY, trainer.dataset, Execution(tensorboard=True))
     watched.run(0, tmp_path)
-    (file,) = (tmp_path / runs.TENSORBOARD).iterdir()
+    (file,) = (tmp_path / run_folder.TENSORBOARD).iterdir()
     assert b"hard_accuracy" in file.read_bytes()
 
 
@@ -272,25 +326,26 @@ def test_every_recipe_says_what_it_is_and_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = []
     monkeypatch.setattr(
-        "experiments.compare.train", lambda settings, *rest, **options: given.append(settings)
+        "experiments.training.compare.train", lambda settings, *rest, **options: given.append(settings)
     )
     assert main(["train", "--recipe", path.stem, "--model", "vgg11"]) == 0
     (settings,) = given
     assert settings.model == "vgg11"
-    own = values.pop("own", {})
-    assert {name: settings.as_dict()[name] for name in values} == values
-    for method, wanted in own.items():
-        settled = dataclasses.replace(settings, method=method).settled()
-        assert {name: settled.as_dict()[name] for name in wanted} == wanted
+    overrides = values.pop("overrides", {})
+    wanted = values | overrides.get("stam", {})
+    assert {name: settings.as_dict()[name] for name in wanted} == wanted
+    for method, wanted in overrides.items():
+        assert main(["train", "--recipe", path.stem, "--method", method]) == 0
+        assert {name: given[-1].as_dict()[name] for name in wanted} == wanted
 
 
 def test_options_win_over_the_recipe(monkeypatch):
     given = []
     monkeypatch.setattr(
-        "experiments.compare.train", lambda settings, *rest, **options: given.append(settings)
+        "experiments.training.compare.train", lambda settings, *rest, **options: given.append(settings)
     )
-    assert main(["train", "--recipe", "parq", "--epochs", "7"]) == 0
-    assert (given[0].epochs, given[0].batch_size) == (7, 128)
+    assert main(["train", "--recipe", "cpu", "--epochs", "7", "--decay-from", "0.4"]) == 0
+    assert (given[0].epochs, given[0].batch_size, given[0].decay_from) == (7, 128, 0.4)
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(trainer, monkeypatch):
@@ -305,7 +360,7 @@ def test_what_is_finished_stays_as_it_was_made(tmp_path, monkeypatch):
     assert main(arguments) == 0
     before = Path("run/float-seed0/environment.json").read_text()
     Path("run/float-seed0-old").mkdir()  # Of no concern.
-    Path("run/float-seed0-old/result.json").write_text("[]")
+    Path("run/float-seed0-old/results.csv").write_text("method\n")
     monkeypatch.setattr("sys.argv", ["experiments", "another", "command"])
     assert main([*arguments, "--resume"]) == 0
     assert Path("run/float-seed0/environment.json").read_text() == before
@@ -314,10 +369,10 @@ def test_what_is_finished_stays_as_it_was_made(tmp_path, monkeypatch):
 def test_resuming_with_other_settings_says_which(whole, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
-    runs.write_json(Path("run/config.json"), TINY.as_dict())
+    run_folder.write_json(Path("run/config.json"), TINY.as_dict())
     assert main(["train", "--resume", "--output", "run", "--width", "0.125", "--batch-size", "128"]) == 2
     assert "epochs was 3, and is 40 now" in capsys.readouterr().err
-    runs.write_json(Path("run/config.json"), TrainSettings().as_dict() | {"box": None, "pull": 0.01})
+    run_folder.write_json(Path("run/config.json"), TrainSettings().as_dict() | {"pull": 0.01})
     assert main(["train", "--resume", "--output", "run"]) == 2
     assert "pull was 0.01, and is no setting now" in capsys.readouterr().err
     Path("run/config.json").write_text("")

@@ -1,0 +1,1 @@
+"""Trained networks in files, and what they are good for."""

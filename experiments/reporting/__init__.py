@@ -1,0 +1,1 @@
+"""What came of runs: their folders, tables, pictures and pages."""

@@ -1,0 +1,178 @@
+"""The parts of the README and of the page of results that are written from the kept results."""
+
+import os
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.config import METHODS, SettingsError
+from experiments.reporting import results as kept
+from experiments.reporting.run_folder import CONFIG, CURVES
+from experiments.reporting.tables import cells, headline, percent
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = ROOT / "experiments" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PUBLISHED = ROOT / "experiments" / "published.toml"
+
+
+def updated(text: str, page: Path, results: Path = RESULTS) -> str:
+    """A page with each part that it has the marks of written anew.
+
+    Args:
+        text: of the page.
+        page: its file, for the links.
+        results: a folder with the folders of comparisons and studies.
+
+    Raises:
+        SettingsError: if the page has the marks of no part, or only one of a part's two.
+    """
+    parts = [name for name in _PARTS if f"<!-- {name}: " in text]
+    if not parts:
+        raise SettingsError(f"{page} holds the marks of no part; there are {', '.join(_PARTS)}.")
+    for name in parts:
+        begin = f"<!-- {name}: begin (written by `python -m experiments report`) -->"
+        sections = ["\n".join(lines) for lines in _PARTS[name](results, page)]
+        text = between(text, begin, f"<!-- {name}: end -->", sections)
+    return text
+
+
+def between(text: str, begin: str, end: str, parts: Sequence[str]) -> str:
+    """A page with what stands between two marks replaced by other parts.
+
+    Raises:
+        SettingsError: if the page lacks the marks.
+    """
+    before, begun, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (begun and ended):
+        raise SettingsError(f"The page holds no part from {begin!r} to {end!r}.")
+    return before + "\n\n".join([begin, *parts, end]) + after
+
+
+def write(page: Path) -> None:
+    """Write a page's parts anew, in place."""
+    page.write_text(updated(page.read_text(), page))
+
+
+def _network(settings: Mapping[str, Any]) -> str:
+    """A comparison's network and images, in words."""
+    width = "" if settings["width"] == 1 else f" at width {settings['width']:g}"
+    count = settings.get("training_images")  # Results from before there was a choice are of all.
+    images = "" if count is None else f"{count:,} images of "
+    return f"{settings['model']}{width} on {images}{settings['dataset']}"
+
+
+def _scope(settings: Mapping[str, Any]) -> str:
+    """Which kernels are binary, in words."""
+    excluded = list(settings["exclude"])
+    return f"all kernels but {', '.join(excluded)} binary" if excluded else "every kernel binary"
+
+
+def _headline(results: Path, page: Path) -> Iterator[list[str]]:
+    """A row per method and a column per comparison."""
+    columns = []
+    for folder in kept.folders(results, studies=False):
+        found = kept.read(folder)
+        settings = found.config
+        title = f"{_network(settings)},<br>{_scope(settings)}, {settings['epochs']} epochs"
+        columns.append((title, found.by("method")))
+    yield [
+        f"| method | {' | '.join(title for title, _ in columns)} |",
+        f"|---|{'--:|' * len(columns)}",
+        *(
+            f"| {method} | {' | '.join(headline(groups.get(method, ())) for _, groups in columns)} |"
+            for method in METHODS
+            if any(method in groups for _, groups in columns)
+        ),
+    ]
+
+
+def _tables(results: Path, page: Path) -> Iterator[list[str]]:
+    """Each comparison: what was run on what, the table and the picture."""
+    for folder in kept.folders(results, studies=False):
+        found = kept.read(folder)
+        settings = found.config
+        made_with = {f"{each['machine']}, jax {each['packages']['jax']}": None for each in found.environments}
+        place = folder.relative_to(ROOT).as_posix()
+        yield [f"### {_network(settings)}, {_scope(settings)}"]
+        yield [
+            f"{settings['epochs']} epochs, batches of {settings['batch_size']}, {settings['precision']}; "
+            "accuracy in % on the test images, after the last epoch; mean and standard deviation over the "
+            f"seeds (their number in brackets), on one split; {'; '.join(made_with)}. "
+            f"`python -m experiments compare --config {place}/{CONFIG}`:"
+        ]
+        yield [
+            "| method | hard (binary) | relaxed (as trained) | hard, running statistics "
+            "| relaxed, running statistics | binary weights | bytes, float | bytes, packed |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|",
+            *(
+                f"| {' | '.join(cells(f'{method} ({len(group)})', group))} |"
+                for method, group in found.by("method").items()
+            ),
+        ]
+        if (folder / CURVES).is_file():
+            yield [f"![Accuracy, gap and sign flips over the epochs]({_link(folder / CURVES, page)})"]
+
+
+def _link(target: Path, page: Path) -> str:
+    """Where a file is, seen from a page."""
+    return Path(os.path.relpath(target, page.absolute().parent)).as_posix()
+
+
+def _studies(results: Path, page: Path) -> Iterator[list[str]]:
+    """Each study: its question and what every trial came to."""
+    for folder in kept.folders(results, studies=True):
+        found = kept.read(folder)
+        asked, settings = found.config, found.config["settings"]
+        yield [f"### {asked['question']}"]
+        yield [
+            f"{_network(settings)}, {_scope(settings)}, {settings['epochs']} epochs, unless a trial says "
+            "otherwise; accuracy in % on the validation images, after the last epoch; mean and standard "
+            "deviation over the seeds."
+        ]
+        yield [
+            "| trial | hard (binary) | relaxed (as trained) | seeds |",
+            "|---|--:|--:|--:|",
+            *(
+                f"| {name} | {percent(rows, 'hard_accuracy')} | {percent(rows, 'relaxed_accuracy')} "
+                f"| {len(rows)} |"
+                for name, rows in found.by("trial", asked["trials"]).items()
+            ),
+        ]
+
+
+def _published(results: Path, page: Path) -> Iterator[list[str]]:
+    """What others report, beside what comes of the same network in the same scope here."""
+    ours = []
+    for folder in kept.folders(results, studies=False):
+        found = kept.read(folder)
+        ours.append((found.config, headline(found.by("method").get("stam", ()))))
+    lines = []
+    for entry in tomllib.loads(PUBLISHED.read_text())["published"]:
+        same = [
+            f"{accuracy}, {settings['epochs']} epochs"
+            for settings, accuracy in ours
+            if settings["width"] == 1
+            and settings.get("training_images") is None
+            and all(settings[key] == entry[key] for key in ("model", "dataset", "exclude"))
+        ]
+        lines.append(
+            f"| {entry['model']} | {entry['dataset']} | {_scope(entry)} | {entry['accuracy']} "
+            f"| [{entry['source']}]({entry['link']}) | {entry['selection']} "
+            f"| {'; '.join(same) or 'not run'} |"
+        )
+    yield [
+        "| network | images | scope | published | source | which epoch, which seeds | `stam` here |",
+        "|---|---|---|--:|---|---|--:|",
+        *lines,
+    ]
+
+
+_PARTS: Mapping[str, Callable[[Path, Path], Iterator[list[str]]]] = {
+    "headline": _headline,
+    "comparisons": _tables,
+    "studies": _studies,
+    "published": _published,
+}

@@ -1,0 +1,1 @@
+"""Training: one run, several of them, and the commands that ask for these."""

@@ -114,14 +114,13 @@ def decode(codes: jax.Array, levels: Levels) -> jax.Array:
 Over = Callable[[Callable[..., jax.Array], jax.Array], jax.Array]
 
 
-def _least(dtype: jnp.dtype) -> float:
-    """A size so small that the levels below it may be subnormal, which processors may take for zero."""
-    return 1024 * float(jnp.finfo(dtype).tiny)
+# A size so small that levels below it may be subnormal in float32, which processors may take for zero.
+_LEAST = 1024 * float(jnp.finfo(jnp.float32).tiny)
 
 
 def _unit(top: jax.Array) -> jax.Array:
     """What weights that share a scale are measured in: the largest |w|, where that is a size to divide by."""
-    return jnp.where(jnp.isfinite(top), jnp.maximum(top, _least(top.dtype)), 1)
+    return jnp.where(jnp.isfinite(top), jnp.maximum(top, _LEAST), 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -320,7 +319,7 @@ class _Fitted(Scaled):
 
         _, scale = jax.lax.fori_loop(0, factors.size, tried, (jnp.full_like(mean, jnp.inf), mean))
         scale = jax.lax.fori_loop(0, _REFINED, refined, scale)
-        return jnp.where(jnp.isfinite(top), jnp.maximum(unit * scale, _least(top.dtype)), top)
+        return jnp.where(jnp.isfinite(top), jnp.maximum(unit * scale, _LEAST), top)
 
 
 # How many scales between the mean and the maximum are tried, and how often the best of them is refined.

@@ -1,9 +1,5 @@
 """What holds for every method of the package alike, around an optimizer and, where it can be, behind one."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -446,7 +442,7 @@ def test_as_a_link_it_can_be_accumulated_for_and_donated(method):
     assert_donated(optimizer)
 
 
-# Many devices.
+# Many devices: `test_meshes` calls this in a process that has eight.
 
 
 QUANTIZERS = (
@@ -460,15 +456,7 @@ QUANTIZERS = (
 )
 
 
-def check_representatives() -> None:
-    check_sharding(("stam", "admm_quant"), (Binary(group=4), LeastSquares()))
-
-
-def check_all() -> None:
-    check_sharding(METHODS, QUANTIZERS)
-
-
-def check_sharding(names: Any, some_quantizers: Any) -> None:
+def check_sharding(names: Any = METHODS, some_quantizers: Any = QUANTIZERS) -> None:
     """Methods and quantizers, with rows of weights and data spread over eight devices, against one device."""
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
     rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("rows",), ()))
@@ -477,7 +465,7 @@ def check_sharding(names: Any, some_quantizers: Any) -> None:
     optimizers["chain"] = optax.chain(MOMENTUM, METHODS["stam"]())
     for name, optimizer in optimizers.items():
 
-        @jax.jit
+        @helpers.quick_jit
         def step(params, state, optimizer=optimizer):
             gradients = jax.grad(loss)(params, inputs, targets)
             return helpers.take_step(optimizer, gradients, state, params)
@@ -501,18 +489,3 @@ def check_sharding(names: Any, some_quantizers: Any) -> None:
         project = jax.jit(lambda v, q=quantizer: quantizers.nearest(v, quantizers.levels_of(q, v)))
         spread, alone = project(jax.device_put(v, rows)), project(v)
         np.testing.assert_allclose(spread, alone, rtol=1e-5, atol=1e-6, err_msg=str(quantizer))
-
-
-@pytest.mark.parametrize("check", [check_representatives, pytest.param(check_all, marks=pytest.mark.slow)])
-def test_weights_spread_over_eight_devices_train_as_on_one(check):
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
-    code = f"import jax; assert jax.device_count() == 8; from tests.test_battery import *; {check.__name__}()"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment,
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr

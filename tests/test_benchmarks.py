@@ -26,6 +26,7 @@ def measured(tmp_path_factory) -> dict[str, Any]:
     return {row["method"]: row for row in json.loads(path.read_text())}
 
 
+@pytest.mark.slow
 def test_a_row_per_method_tells_what_was_measured(measured):
     assert list(measured) == ["float", "stam"]
     for row in measured.values():
@@ -35,6 +36,7 @@ def test_a_row_per_method_tells_what_was_measured(measured):
         assert all(row[name] for name in ("device_kind", "platform", "devices", "jax"))
 
 
+@pytest.mark.slow
 def test_numbers_are_finite_and_within_what_is_possible(measured):
     for row in measured.values():
         assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
@@ -50,6 +52,7 @@ def test_numbers_are_finite_and_within_what_is_possible(measured):
     assert measured["stam"]["parameters"] == measured["float"]["parameters"]
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_convolutions_and_little_else(measured):
     # Multiplications and additions of a forward pass per image, by hand: outputs x taps x channels in x out.
     forward = 2 * (
@@ -62,6 +65,7 @@ def test_flops_are_those_of_the_convolutions_and_little_else(measured):
         assert 2 < row["flops_per_step"] / 16 / forward < 6
 
 
+@pytest.mark.slow
 def test_flops_are_the_same_where_xla_is_not_there_to_count_them(measured, monkeypatch):
     case = training.Case("resnet8", 0.125, "float32", 16)
     monkeypatch.setattr("jax.stages.Lowered.cost_analysis", lambda lowered: None)
@@ -69,11 +73,13 @@ def test_flops_are_the_same_where_xla_is_not_there_to_count_them(measured, monke
     assert facts["flops_per_step"] == pytest.approx(measured["float"]["flops_per_step"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_float_is_what_the_others_are_compared_with(measured):
     assert measured["float"]["ratio_to_float"] == 1
     assert measured["stam"]["ratio_to_float"] > 0
 
 
+@pytest.mark.slow
 def test_scanned_steps_are_timed_once_per_network(measured):
     assert measured["float"]["scanned_to_single"] > 0
     assert "scanned_to_single" not in measured["stam"]

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 import stam_jax
 from experiments.cli import main
+from experiments.config import DivergedError
 from experiments.data import image_sets
 from experiments.deployment import packed_network, predict
 from experiments.reporting import results, run_folder
@@ -329,17 +330,23 @@ def test_predict_says_what_it_cannot_read(comparison, tmp_path, capsys):
     assert "No such file" in capsys.readouterr().err
 
 
-def test_divergence_and_interrupts_have_exit_codes_of_their_own(tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_a_run_that_diverges_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train", *TINY, "--method", "float", "--learning-rate", "1e30"]) == 1
     assert "error: training diverged. float: the loss is nan in epoch 1" in capsys.readouterr().err
 
-    def interrupted(*arguments, **options):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr("experiments.training.compare.train", interrupted)
-    assert main(["train", *TINY]) == 130
-    assert "interrupted" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("error", "code"), [(DivergedError("the loss is nan"), 1), (KeyboardInterrupt(), 130)], ids=str
+)
+def test_divergence_and_interrupts_have_exit_codes_of_their_own(error, code, monkeypatch, capsys):
+    def fails(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("experiments.training.compare.train", fails)
+    assert main(["train", *TINY]) == code
+    assert ("diverged" if code == 1 else "interrupted") in capsys.readouterr().err
 
 
 def test_inspect_shows_kernels_that_stay_in_float_as_such(comparison, tmp_path, capsys):

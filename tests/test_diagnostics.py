@@ -1,5 +1,7 @@
 """The gap and the flips against NumPy."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,9 @@ from stam_jax import Binary, diagnostics, quantize, stam
 from tests import helpers
 
 rng = np.random.default_rng(0)
-PARAMS = {
-    "first": {"kernel": jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)},
-    "second": {"kernel": jnp.asarray(rng.normal(size=(5, 4)), jnp.float32), "bias": jnp.full(4, 100.0)},
+PARAMS: Any = {
+    "first": {"kernel": np.float32(rng.normal(size=(6, 5)))},
+    "second": {"kernel": np.float32(rng.normal(size=(5, 4))), "bias": np.full(4, 100.0, np.float32)},
 }
 TENSOR = Binary(axis=())
 
@@ -27,13 +29,14 @@ def numpy_gap(xs):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_gap_is_the_relative_distance_over_all_quantized_leaves_together(dtype):
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS)
-    gap = jax.jit(lambda params: diagnostics.quantization_gap(params, TENSOR))(params)
+    gap, first = helpers.quick_jit(
+        lambda params: [diagnostics.quantization_gap(params, q) for q in (TENSOR, {"first": TENSOR})]
+    )(params)
     assert (gap.shape, gap.dtype) == ((), jnp.float32)
     # The quantized weights are given in the parameters' own dtype.
     expected = numpy_gap([params["first"]["kernel"], params["second"]["kernel"]])
     np.testing.assert_allclose(gap, expected, rtol=1e-5 if dtype == "float32" else 1e-2)
     # A pattern leaves out what it does not name.
-    first = diagnostics.quantization_gap(params, {"first": TENSOR})
     np.testing.assert_allclose(first, numpy_gap([params["first"]["kernel"]]), rtol=1e-2)
 
 
@@ -41,14 +44,18 @@ def test_the_gap_is_the_relative_distance_over_all_quantized_leaves_together(dty
 def test_the_gap_of_a_hard_network_is_rounding_and_of_another_quantizer_is_not(dtype, rounding):
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS)
     optimizer = stam(optax.sgd(0.1), hard_from=3)
-    state = helpers.begin(optimizer, params)
-    gaps = []
-    for _ in range(5):
+
+    def step(carry: Any, _: None) -> Any:
+        params, state = carry
         params, state = helpers.take_step(optimizer, jax.tree.map(jnp.sin, params), state, params)
-        gaps.append(float(diagnostics.quantization_gap(params)))
+        both = diagnostics.quantization_gap(params), diagnostics.quantization_gap(params, TENSOR)
+        return (params, state), both
+
+    run = lambda params: jax.lax.scan(step, (params, optimizer.init(params)), length=5)[1]
+    gaps, others = helpers.quick_jit(run)(params)
     assert gaps[0] > 0.1
-    assert max(gaps[3:]) <= rounding
-    assert diagnostics.quantization_gap(params, TENSOR) > 0.05
+    assert np.max(gaps[3:]) <= rounding
+    assert others[-1] > 0.05
 
 
 @pytest.mark.parametrize("x", [jnp.array([[2.0, -2.0]]), jnp.zeros((2, 2)), jnp.zeros((0, 2))])
@@ -77,8 +84,9 @@ def test_flips_are_the_share_of_signs_that_differ():
 
 def test_flips_are_the_same_before_and_after_quantization():
     before, after = PARAMS, jax.tree.map(lambda leaf: leaf[::-1], PARAMS)
-    quantized = diagnostics.sign_flips(quantize(before), quantize(after))
-    assert quantized == diagnostics.sign_flips(before, after) > 0
+    flips = jax.jit(diagnostics.sign_flips)
+    quantized = flips(*helpers.quick_jit(lambda *trees: list(map(quantize, trees)))(before, after))
+    assert quantized == flips(before, after) > 0
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_accuracy_counts_every_image_once_across_batches(digits, network):
 
 def test_a_network_is_quantized_in_those_leaves_alone_that_are_to_be(network):
     params = models.split(network)[1]
-    hard, leaves = evaluation.quantized(params, {"head": None, "*": stam_jax.Binary()})
+    hard, leaves = evaluation.projection(params, {"head": None, "*": stam_jax.Binary()})(params)
     assert leaves.keys() == kernels(params) - {"head/kernel"}
     arrays = float_files.to_arrays(hard)
     for path, before in float_files.to_arrays(params).items():
@@ -189,8 +189,10 @@ def test_hard_weights_that_are_not_binary_are_refused(network):
         def levels(self, scales: jax.Array) -> Any:
             return -2 * scales, scales
 
+    params = models.split(network)[1]
+    project = evaluation.projection(params, {"*": Liar()})
     with pytest.raises(AssertionError, match="is not quantized"):
-        evaluation.quantized(models.split(network)[1], {"*": Liar()})
+        project(params)
 
 
 def test_state_is_not_filled_from_arrays_that_do_not_fit(network):

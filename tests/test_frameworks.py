@@ -26,12 +26,13 @@ from tests.methods import METHODS
 
 STEPS, FEW = 60, 6
 rng = np.random.default_rng(0)
-INPUTS = jnp.asarray(rng.normal(size=(64, 4)), jnp.float32)
-TARGETS = jnp.tanh(INPUTS @ jnp.sign(jnp.asarray(rng.normal(size=(4, 2)), jnp.float32)))
+INPUTS = np.float32(rng.normal(size=(64, 4)))
+TARGETS = np.tanh(INPUTS @ np.sign(np.float32(rng.normal(size=(4, 2)))))
 START = {
-    "body": {"kernel": jnp.asarray(0.5 * rng.normal(size=(4, 8)), jnp.float32), "bias": jnp.zeros(8)},
-    "head": {"kernel": jnp.asarray(0.5 * rng.normal(size=(8, 2)), jnp.float32), "bias": jnp.zeros(2)},
+    "body": {"kernel": 0.5 * rng.normal(size=(4, 8)), "bias": np.zeros(8)},
+    "head": {"kernel": 0.5 * rng.normal(size=(8, 2)), "bias": np.zeros(2)},
 }
+START = jax.tree.map(lambda leaf: jnp.asarray(np.float32(leaf)), START)
 
 
 def make_optimizer(**settings: Any) -> optax.GradientTransformation:
@@ -71,7 +72,7 @@ def plain(make: Make, steps: int) -> Run:
         value, params, state = step(params, state)
         losses.append(value)
     quantized = quantize(params)
-    return Run(np.array(losses), quantized, float(loss(quantized)))
+    return Run(np.array(losses), quantized, float(jax.jit(loss)(quantized)))
 
 
 class LinenNetwork(nn.Module):
@@ -82,7 +83,8 @@ class LinenNetwork(nn.Module):
 
 def linen(make: Make, steps: int) -> Run:
     model: Any = LinenNetwork()
-    assert jax.tree.structure(model.init(jax.random.key(0), INPUTS)["params"]) == jax.tree.structure(START)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), INPUTS)["params"]
+    assert jax.tree.structure(shapes) == jax.tree.structure(START)
     train_state = TrainState.create(apply_fn=model.apply, params=START, tx=make())
 
     @jax.jit
@@ -96,7 +98,8 @@ def linen(make: Make, steps: int) -> Run:
         value, train_state = step(train_state)
         losses.append(value)
     quantized = quantize(train_state.params)
-    return Run(np.array(losses), quantized, float(mean_square(model.apply({"params": quantized}, INPUTS))))
+    loss = jax.jit(lambda params: mean_square(model.apply({"params": params}, INPUTS)))
+    return Run(np.array(losses), quantized, float(loss(quantized)))
 
 
 class NNXNetwork(nnx.Module):
@@ -139,7 +142,7 @@ def equinox(make: Make, steps: int) -> Run:
         """Equinox keeps (outputs, inputs)."""
         kernel, bias = START[name]["kernel"], START[name]["bias"]
         inputs, outputs = kernel.shape
-        empty = eqx.nn.Linear(inputs, outputs, key=jax.random.key(0))
+        empty: Any = eqx.filter_eval_shape(eqx.nn.Linear, inputs, outputs, key=jax.random.key(0))
         return eqx.tree_at(lambda layer: (layer.weight, layer.bias), empty, (kernel.T, bias))
 
     model: Any = EquinoxNetwork(layer("body"), layer("head"))
@@ -163,7 +166,7 @@ def equinox(make: Make, steps: int) -> Run:
         name: {"kernel": layer.weight.T, "bias": layer.bias}
         for name, layer in (("body", model.body), ("head", model.head))
     }
-    return Run(np.array(losses), quantized, float(loss(model)))
+    return Run(np.array(losses), quantized, float(eqx.filter_jit(loss)(model)))
 
 
 RUNS: dict[str, Callable[[Make, int], Run]] = {"linen": linen, "nnx": nnx_run, "equinox": equinox}
@@ -331,7 +334,8 @@ def test_the_state_of_every_method_holds_arrays_and_no_options(name):
 
 def test_a_train_state_of_linen_goes_through_its_serialization():
     make = lambda: TrainState.create(apply_fn=None, params=START, tx=make_optimizer())
-    train_state = make().apply_gradients(grads=jax.tree.map(jnp.cos, START))
+    step = jax.jit(lambda train_state, grads: train_state.apply_gradients(grads=grads))
+    train_state = step(make(), jax.tree.map(np.cos, START))
     restored: Any = flax.serialization.from_bytes(make(), flax.serialization.to_bytes(train_state))
     assert restored.step == 1
     jax.tree.map(np.testing.assert_array_equal, restored.opt_state, train_state.opt_state)

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stam_jax import Binary, LeastSquares, PowerOfTwo, Ternary, Uniform, quantize, stam
-from stam_jax._assignment import project
+from stam_jax import Binary, LeastSquares, PowerOfTwo, Ternary, Uniform, _assignment, quantize, stam
 from stam_jax.packing._packed import layout
 from stam_jax.quantizers import decode, encode, levels_of, nearest
 from tests import reference_quantizers as reference
@@ -111,7 +110,7 @@ def test_the_best_two_magnitudes_cut_the_sorted_weights_in_two(w: Any):
 
 @pytest.mark.usefixtures("x64")
 @widest_fits
-@pytest.mark.parametrize("count", [6, pytest.param(64, marks=pytest.mark.slow), 4096])
+@pytest.mark.parametrize("count", [64, *(pytest.param(count, marks=pytest.mark.slow) for count in (6, 4096))])
 def test_a_fit_is_close_to_the_optimum_and_stays(quantizer, count):
     columns = {6: 60, 64: 40, 4096: 4}[count]
     w = drawn(count, columns)
@@ -168,6 +167,7 @@ def test_codes_count_the_levels_from_the_lowest(quantizer, w):
 )
 def test_in_short_floats_too_what_is_quantized_stays(quantizer, dtype):
     w = jnp.asarray(np.clip(drawn(64, 3), -1e3, 1e3), dtype)
+    project = quick_jit(_assignment.project, static_argnums=0)
     once = project(quantizer, w)
     assert once.dtype == dtype
     np.testing.assert_allclose(
@@ -280,7 +280,7 @@ def test_quantizers_of_other_bits_are_other_keys():
 # In use.
 
 
-@pytest.mark.parametrize("quantizer", [Ternary(), LeastSquares()], ids=name)
+@pytest.mark.parametrize("quantizer", [LeastSquares()], ids=name)
 def test_jit_and_vmap_change_nothing(quantizer):
     w = normal(3, 12, 3)
     stacked = jax.jit(jax.vmap(lambda w: nearest(w, levels_of(quantizer, w))))(w)
@@ -288,7 +288,7 @@ def test_jit_and_vmap_change_nothing(quantizer):
         np.testing.assert_allclose(y, projected(quantizer, part), rtol=1e-6)
 
 
-@pytest.mark.parametrize("quantizer", [Ternary(), LeastSquares()], ids=name)
+@pytest.mark.parametrize("quantizer", [Ternary()], ids=name)
 def test_training_ends_at_levels(quantizer):
     target = normal(12, 3)
     optimizer = stam(optax.sgd(0.1), hard_from=10, quantizer=quantizer)
@@ -298,8 +298,12 @@ def test_training_ends_at_levels(quantizer):
         updates, state = optimizer.update({"kernel": params["kernel"] - target}, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    params: Any = {"kernel": jnp.zeros(target.shape)}
-    start = (params, optimizer.init(params))
-    params = quick_jit(lambda start: jax.lax.scan(step, start, length=15)[0][0])(start)
-    assert jnp.any(params["kernel"])
-    np.testing.assert_allclose(quantize(params, quantizer)["kernel"], params["kernel"], rtol=1e-6)
+    params: Any = {"kernel": np.zeros_like(target)}
+
+    def run(params: Any) -> Any:
+        params = jax.lax.scan(step, (params, optimizer.init(params)), length=15)[0][0]
+        return params["kernel"], quantize(params, quantizer)["kernel"]
+
+    trained, quantized = quick_jit(run)(params)
+    assert np.any(trained)
+    np.testing.assert_allclose(quantized, trained, rtol=1e-6)

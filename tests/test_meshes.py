@@ -14,8 +14,19 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from stam_jax import Binary, LeastSquares, PowerOfTwo, Ternary, Uniform, pack, quantize, stam, tabulate
-from tests import helpers
+from stam_jax import (
+    Binary,
+    LeastSquares,
+    PowerOfTwo,
+    Ternary,
+    Uniform,
+    pack,
+    quantize,
+    stam,
+    tabulate,
+    unpack,
+)
+from tests import helpers, test_battery
 from tests.methods import METHODS
 
 rng = np.random.default_rng(0)
@@ -46,7 +57,7 @@ def loss(params: Any, inputs: Any = INPUTS, targets: Any = TARGETS) -> jax.Array
 
 def trained(optimizer: optax.GradientTransformation, params: Any, steps: int = 4) -> Any:
     state = jax.jit(optimizer.init)(params)
-    step = jax.jit(lambda params, state: helpers.take_step(optimizer, jax.grad(loss)(params), state, params))
+    step = helpers.quick_jit(partial(step_of_one, optimizer))
     for _ in range(steps):
         params, state = step(params, state)
     return params, state
@@ -166,14 +177,35 @@ def step_of_one(optimizer: optax.GradientTransformation, params: Any, state: Any
     return helpers.take_step(optimizer, jax.grad(loss)(params), state, params)
 
 
+def check_devices_of_their_own() -> None:
+    first, second, *_ = jax.devices()
+    draw = lambda seed: np.float32(np.random.default_rng(seed).normal(size=(16, 8)))
+    apart = {"kernel": jax.device_put(draw(0), first), "b": {"kernel": jax.device_put(draw(1), second)}}
+    apart["bias"] = jax.device_put(np.ones(8, np.float32), second)
+    apart = quantize(apart)
+    packed = pack(apart)
+    assert {device for leaf in jax.tree.leaves(packed) for device in leaf.devices()} == {first}
+    jax.tree.map(np.testing.assert_array_equal, unpack(packed), quantize(apart))
+    for axes in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((8,), ("d",), axis_types=(axes,))
+        with jax.set_mesh(mesh):
+            sharding = NamedSharding(mesh, PartitionSpec(None, "d"))
+            spread = quantize({"kernel": jax.device_put(draw(0), sharding)})
+            whole = np.asarray(unpack(pack(spread))["kernel"])
+            np.testing.assert_array_equal(whole, np.asarray(quantize(spread)["kernel"]))
+
+
 def check_representatives() -> None:
     check_quantizers()
     check_shipping()
     check_refusal()
     check_shards()
+    check_devices_of_their_own()
+    test_battery.check_sharding(("stam", "admm_quant"), (Binary(group=4), LeastSquares()))
 
 
 def check_the_rest() -> None:
+    test_battery.check_sharding()
     check_training(with_quantizers(REST))
     check_methods()
     check_shipping(REST)

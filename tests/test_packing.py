@@ -6,10 +6,7 @@ import enum
 import hashlib
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -128,7 +125,7 @@ def test_the_quantized_network_comes_back_bit_for_bit(tmp_path, quantizer, dtype
 
 @pytest.mark.parametrize(
     "quantizer",
-    [LeastSquares(), *(pytest.param(q, marks=pytest.mark.slow) for q in (Binary(), Uniform(bits=3)))],
+    [Binary(), *(pytest.param(q, marks=pytest.mark.slow) for q in (LeastSquares(), Uniform(bits=3)))],
     ids=repr,
 )
 def test_double_precision_comes_back_too(x64, tmp_path, quantizer):
@@ -147,7 +144,7 @@ def test_double_precision_comes_back_too(x64, tmp_path, quantizer):
     ("quantizer", "dtype", "rounding"),
     [
         (Binary(), "float32", 1e-6),
-        (Ternary(axis=()), "bfloat16", 1e-3),
+        pytest.param(Ternary(axis=()), "bfloat16", 1e-3, marks=pytest.mark.slow),
         pytest.param(Binary(), "bfloat16", 1e-3, marks=pytest.mark.slow),
         pytest.param(LeastSquares(), "float32", 1e-6, marks=pytest.mark.slow),
     ],
@@ -254,9 +251,13 @@ def test_random_trees_come_back_bit_for_bit(tmp_path_factory, data):
 
 
 def test_networks_of_every_framework_are_saved_as_trees_of_their_own(tmp_path):
+    draw = np.random.default_rng(0).normal
+    drawn: Any = lambda key, shape, *_: jnp.asarray(np.float32(draw(size=shape)))
+
     class Nnx(nnx.Module):
         def __init__(self):
-            self.layers = nnx.List([nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(11)])
+            layers = [nnx.Linear(4, 4, kernel_init=drawn, rngs=nnx.Rngs(0)) for _ in range(11)]
+            self.layers = nnx.List(layers)
             self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
 
     graph, params, stats = nnx.split(Nnx(), nnx.Param, nnx.BatchStat)
@@ -678,38 +679,14 @@ def test_a_link_stays_a_link(tmp_path):
     assert load_packed(tmp_path / "there").keys() == {"x"}
 
 
-@pytest.mark.parametrize("quantizer", [Uniform(), PowerOfTwo()], ids=repr)
+@pytest.mark.parametrize(
+    "quantizer", [PowerOfTwo(), pytest.param(Uniform(), marks=pytest.mark.slow)], ids=repr
+)
 def test_small_weights_of_half_precision_are_packed(quantizer):
     weights = {"kernel": (random_params()["a"]["kernel"] * 1e-5).astype(jnp.float16)}
     params = quantize(weights, quantizer)
     assert np.unique(np.abs(params["kernel"])).size > 8
     assert same_bits(unpack(pack(params, quantizer)), quantize(params, quantizer))
-
-
-def test_leaves_may_lie_on_devices_of_their_own():
-    code = """
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from stam_jax import pack, quantize, unpack
-
-first, second, *_ = jax.devices()
-draw = lambda seed: np.float32(np.random.default_rng(seed).normal(size=(16, 8)))
-apart = {"kernel": jax.device_put(draw(0), first), "b": {"kernel": jax.device_put(draw(1), second)}}
-apart["bias"] = jax.device_put(jnp.ones(8), second)
-apart = quantize(apart)
-packed = pack(apart)
-assert {device for leaf in jax.tree.leaves(packed) for device in leaf.devices()} == {first}
-for whole, hard in zip(jax.tree.leaves(unpack(packed)), jax.tree.leaves(quantize(apart)), strict=True):
-    np.testing.assert_array_equal(whole, hard)
-for axes in (AxisType.Auto, AxisType.Explicit):
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(axes,))
-    with jax.set_mesh(mesh):
-        sharding = NamedSharding(mesh, PartitionSpec(None, "d"))
-        spread = quantize({"kernel": jax.device_put(draw(0), sharding)})
-        whole = np.asarray(unpack(pack(spread))["kernel"])
-        np.testing.assert_array_equal(whole, np.asarray(quantize(spread)["kernel"]))
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "JAX_NUM_CPU_DEVICES": "8"})
 
 
 def test_a_leaf_that_spans_processes_is_refused_by_name(monkeypatch):

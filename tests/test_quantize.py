@@ -24,6 +24,7 @@ from stam_jax import (
     three_block_splitting,
 )
 from tests import helpers
+from tests.helpers import quick_jit
 from tests.methods import METHODS
 
 rng = np.random.default_rng(0)
@@ -43,8 +44,8 @@ def projection(x: Any, over: int | tuple[int, ...] | None = 0) -> np.ndarray:
     return np.where(x >= 0, 1, -1) * np.mean(np.abs(x), axis=over, keepdims=True)
 
 
-def random(*shape: int) -> jax.Array:
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+def random(*shape: int) -> np.ndarray:
+    return np.float32(rng.normal(size=shape))
 
 
 def test_quantized_leaves_are_the_nearest_weights_and_all_else_is_as_it_was():
@@ -70,7 +71,7 @@ def test_numpy_arrays_are_parameters_too():
     )
 
 
-@pytest.mark.parametrize("quantizer", [QUANTIZER, Ternary()], ids=["binary", "ternary"])
+@pytest.mark.parametrize("quantizer", [QUANTIZER, pytest.param(Ternary(), marks=pytest.mark.slow)])
 def test_it_is_the_same_inside_jit_and_twice_is_once(quantizer):
     y = quantize(PARAMS, quantizer)
     jitted = jax.jit(partial(quantize, quantizer=quantizer))
@@ -139,14 +140,24 @@ def latents(state: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+# The others are among the wrappers of the battery.
+OFTEN = ("behind", "partition", "multi-steps", "injected")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in WRAPPED]
+)
 def test_the_quantized_parameters_are_the_projection_of_the_latent_weights(name):
     """Through every wrapper, before the network is hard and after; once hard they are the parameters."""
     optimizer = WRAPPED[name]
     params, state = PARAMS, optimizer.init(PARAMS)
-    step = jax.jit(partial(helpers.take_step, optimizer))
+    step = quick_jit(
+        lambda k, state, params: helpers.take_step(
+            optimizer, jax.tree.map(lambda x: jnp.sin(3 * x + k), params), state, params
+        )
+    )
     for k in range(10):
-        params, state = step(jax.tree.map(lambda x, k=k: jnp.sin(3 * x + k), params), state, params)
+        params, state = step(k, state, params)
         y, v = quantize(params, QUANTIZER), latents(state)
         assert list(v) == ["body", "head"]
         for layer, over in OVER.items():
@@ -169,7 +180,8 @@ def test_the_network_in_use_is_projected_and_not_the_latent_weights():
     params = {"kernel": jnp.array([[1.0, 1.0]])}
     state = optimizer.init(params)
     # w = (2, -4), but x leans towards the projection of (1, 1).
-    params, state = helpers.take_step(optimizer, {"kernel": jnp.array([[-1.0, 5.0]])}, state, params)
+    step = quick_jit(partial(helpers.take_step, optimizer))
+    params, state = step({"kernel": jnp.array([[-1.0, 5.0]])}, state, params)
     np.testing.assert_array_equal(params["kernel"], [[1.5, -1.5]])
     np.testing.assert_array_equal(state.latent["kernel"], [[2.0, -4.0]])
     np.testing.assert_array_equal(quantize(params, TENSOR)["kernel"], [[1.5, -1.5]])
@@ -181,9 +193,9 @@ def test_a_frozen_layer_ships_the_projection_of_the_frozen_weights():
         stam(optax.sgd(0.5), hard_from=2, quantizer=QUANTIZER), optax.transforms.freeze(frozen)
     )
     params, state = PARAMS, optimizer.init(PARAMS)
-    step = jax.jit(partial(helpers.take_step, optimizer))
+    step = quick_jit(partial(helpers.take_step, optimizer))
     for _ in range(6):
-        params, state = step(jax.tree.map(lambda x: 2 * jnp.sign(x) + 0.1, params), state, params)
+        params, state = step(jax.tree.map(lambda x: 2 * np.sign(x) + 0.1, params), state, params)
     np.testing.assert_array_equal(params["body"]["kernel"], PARAMS["body"]["kernel"])
     # What the state says of the layer has gone on moving, over to other signs.
     v = latents(state)["body"]
@@ -201,12 +213,12 @@ def test_a_frozen_layer_ships_the_projection_of_the_frozen_weights():
 def test_averaged_weights_are_quantized_to_the_projection_of_the_average(kind):
     optimizer = make(SGD)
     params, state = PARAMS, optimizer.init(PARAMS)
-    step = jax.jit(partial(helpers.take_step, optimizer))
+    step = quick_jit(partial(helpers.take_step, optimizer))
     averaging = optax.ema(0.7)
     averaged, ema_state = params, averaging.init(params)
     history = []
     for k in range(8):
-        params, state = step(jax.tree.map(lambda x, k=k: 3 * jnp.sin(9 * x + k), params), state, params)
+        params, state = step(jax.tree.map(lambda x, k=k: 3 * np.sin(9 * x + k), params), state, params)
         averaged, ema_state = averaging.update(params, ema_state)
         history.append(params)
     if kind == "polyak":
@@ -223,10 +235,16 @@ def test_averaged_weights_are_quantized_to_the_projection_of_the_average(kind):
 # Stacks, attention and experts: which weights share a scale.
 
 
-@pytest.mark.parametrize("name", ["kernel", "weight"])
-@pytest.mark.parametrize("quantizer", [Binary(), TENSOR, Uniform(bits=3)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "quantizer"),
+    [
+        ("kernel", TENSOR),
+        ("weight", Binary()),
+        pytest.param("kernel", Uniform(bits=3), marks=pytest.mark.slow),
+    ],
+)
 def test_under_vmap_every_member_of_a_stack_has_scales_of_its_own(name, quantizer):
-    stack = {"dense": {name: random(3, 4, 5) * jnp.array([1.0, 10.0, 0.1])[:, None, None]}}
+    stack = {"dense": {name: random(3, 4, 5) * np.float32([[[1.0]], [[10.0]], [[0.1]]])}}
     together = jax.vmap(partial(quantize, quantizer=quantizer))(stack)["dense"][name]
     for i in range(3):
         alone = quantize({"dense": {name: stack["dense"][name][i]}}, quantizer)["dense"][name]
@@ -239,7 +257,7 @@ def test_under_vmap_every_member_of_a_stack_has_scales_of_its_own(name, quantize
         ("kernel", Binary(), Binary(axis=(0, -1))),
         ("weight", Binary(), Binary(axis=(0, 1))),
         ("kernel", TENSOR, Binary(axis=0)),
-        ("kernel", LeastSquares(), LeastSquares(axis=(0, -1))),
+        pytest.param("kernel", LeastSquares(), LeastSquares(axis=(0, -1)), marks=pytest.mark.slow),
         ("kernel", Binary(group=2), Binary(group=2, axis=(0, -1))),
     ],
 )
@@ -253,11 +271,11 @@ def test_a_tuple_of_axes_says_of_a_stack_what_vmap_does(name, member, stacked):
     ("shape", "axis", "over", "scales"),
     [
         ((8, 2, 3), (1, 2), (0,), 6),  # A query kernel: inputs, heads, size.
-        ((8, 2, 3), (-2, -1), (0,), 6),
+        pytest.param((8, 2, 3), (-2, -1), (0,), 6, marks=pytest.mark.slow),
         ((2, 3, 8), -1, (0, 1), 8),  # An output kernel: heads, size, outputs.
-        ((4, 8, 5), (0, -1), (1,), 20),  # Stacked layers.
+        pytest.param((4, 8, 5), (0, -1), (1,), 20, marks=pytest.mark.slow),  # Stacked layers.
         ((4, 6, 8, 5), (0, 1, 3), (2,), 120),  # Stacked layers of experts.
-        ((4, 6, 8, 5), (1,), (0, 2, 3), 6),
+        pytest.param((4, 6, 8, 5), (1,), (0, 2, 3), 6, marks=pytest.mark.slow),
         ((8, 2, 3), (), (0, 1, 2), 1),
     ],
 )
@@ -270,7 +288,7 @@ def test_each_place_of_the_axes_that_are_named_has_a_scale(shape, axis, over, sc
     assert len(np.unique(np.abs(y))) == scales
     # Trained until it is hard, it is so too.
     optimizer = stam(optax.sgd(0.1), hard_from=0, quantizer=quantizer)
-    hard, _ = jax.jit(lambda x: helpers.take_step(optimizer, x, optimizer.init(x), x))(params)
+    hard, _ = quick_jit(lambda x: helpers.take_step(optimizer, x, optimizer.init(x), x))(params)
     np.testing.assert_allclose(
         hard["attention"]["query"]["kernel"], projection(0.9 * np.float64(x), over), rtol=1e-5
     )

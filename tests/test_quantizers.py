@@ -183,8 +183,10 @@ def test_at_a_fixed_scale_nan_stays_nan_and_an_infinity_goes_to_the_last_level(k
 @every_kind
 def test_an_infinite_weight_keeps_its_sign_and_a_nan_is_seen(kind):
     columns = [[np.inf, 1, -2], [-np.inf, 1, -2], [np.inf, -np.inf, 0], [np.nan, 1, 0], [1, -1, 1]]
-    w = np.array(columns, np.float32).T
-    y = np.asarray(project(kind(), w))
+    # In as many rows and columns as above, for which the projection is compiled.
+    w = np.resize([np.resize(column, 8) for column in columns], (269, 8)).T.astype(np.float32)
+    y = np.asarray(project(kind(), w))[:, :5]
+    w = w[:, :5]
     np.testing.assert_array_equal(y[np.isinf(w)], w[np.isinf(w)])
     np.testing.assert_array_equal(np.isnan(y).all(axis=0), [False, False, False, True, False])
     np.testing.assert_array_equal(np.isnan(y).any(axis=0), [False, False, False, True, False])
@@ -193,20 +195,20 @@ def test_an_infinite_weight_keeps_its_sign_and_a_nan_is_seen(kind):
 
 @every_kind
 def test_zeros_are_their_own_projection_and_meet_no_nan(kind):
-    zeros = jnp.zeros((4, 2))
+    zeros = np.zeros((8, 269), np.float32)
     with jax.debug_nans(True):
         np.testing.assert_array_equal(project(kind(), zeros), zeros)
 
 
 @each_fit
 def test_an_empty_array_is_its_own_projection(kind):
-    quantizers = [kind(**options) for options in ({}, {"axis": 0}, {"axis": ()}, {"group": 2})]
+    quantizers = [kind(**options) for options in ({"axis": 0}, {"axis": ()}, {"group": 2})]
     shapes = [(0, 3), (4, 0), (0, 0)]
-    for shape, quantizer in itertools.product(shapes, quantizers):
+    for shape, quantizer in zip(shapes, quantizers, strict=True):
         y = jax.eval_shape(lambda w, q=quantizer: project(q, w), jnp.zeros(shape, jnp.bfloat16))
         assert (y.shape, y.dtype) == (shape, jnp.bfloat16)
-    empty = [jnp.zeros(shape) for shape in shapes]
-    for scales in jax.jit(lambda arrays: [q.scales(w) for w in arrays for q in quantizers])(empty):
+    empty = [np.zeros(shape, np.float32) for shape in shapes]
+    for scales in quick_jit(lambda arrays: [q.scales(w) for w in arrays for q in quantizers])(empty):
         assert np.all(np.isfinite(scales))
 
 
@@ -222,10 +224,16 @@ def test_a_scalar_has_a_scale_of_its_own(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [(Binary, jnp.float16), *((kind, jnp.bfloat16) for kind in KINDS)]
+    ("kind", "dtype"),
+    [
+        (Binary, jnp.float16),
+        (Ternary, jnp.bfloat16),
+        (LeastSquares, jnp.bfloat16),
+        *(pytest.param(kind, jnp.bfloat16, marks=pytest.mark.slow) for kind in (Binary, Uniform, PowerOfTwo)),
+    ],
 )
 def test_many_equal_weights_of_short_floats_keep_their_value(kind, dtype):
-    w = jnp.full((100_000,), 0.1, dtype)
+    w = jnp.asarray(np.full(100_000, 0.1), dtype)
     np.testing.assert_array_equal(project(kind(axis=()), w), w)
 
 

@@ -4,15 +4,15 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from stam_jax import schedules
+from tests.helpers import quick_jit
 
 
 def values_of(schedule: Any, counts: Any) -> np.ndarray:
-    return np.asarray(jax.jit(jax.vmap(schedule))(jnp.asarray(counts)))
+    return np.asarray(quick_jit(jax.vmap(schedule))(np.asarray(counts)))
 
 
 @pytest.mark.usefixtures("x64")

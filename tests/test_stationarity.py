@@ -1,6 +1,7 @@
 """Residual, objective and flip work against NumPy, from their definitions; and the optimizer that records."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from stam_jax import (
 from stam_jax.regularizers import L1, Box, GroupLasso, Ridge
 from stam_jax.relaxations import LinearBlend, SquaredDistance
 from tests import helpers, reference
+from tests.helpers import quick_jit
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -68,11 +70,14 @@ def numpy_terms(kernel, regularizer, tau):
 
 
 def a_few_steps(optimizer: optax.GradientTransformation, steps: int = 3) -> tuple[Any, Any]:
-    params = helpers.start(PROBLEM)
-    state = helpers.begin(optimizer, params)
-    for _ in range(steps):
-        gradients = jax.grad(lambda params: helpers.loss(PROBLEM, params))(params)
-        params, state = helpers.take_step(optimizer, gradients, state, params)
+    gradient = jax.grad(lambda params: helpers.loss(PROBLEM, params))
+
+    def step(_: Any, carry: Any) -> Any:
+        params, state = carry
+        return helpers.take_step(optimizer, gradient(params), state, params)
+
+    run = lambda params: jax.lax.fori_loop(0, steps, step, (params, optimizer.init(params)))
+    params, state = quick_jit(run)(helpers.start(PROBLEM))
     return state, params
 
 
@@ -86,7 +91,13 @@ def test_the_residual_and_the_objective_are_those_of_the_model(regularizer):
     pull, bounded, quantized, constrained = numpy_terms(kernel, regularizer, tau)
 
     gradients = {"bias": jnp.asarray(bias_gradient), "kernel": jnp.asarray(kernel_gradient)}
-    found = diagnostics.residual(gradients, state, params, **model)
+    loss = PROBLEM.loss(kernel, bias)
+    found, terms = quick_jit(
+        lambda gradients, state, params: (
+            diagnostics.residual(gradients, state, params, **model),
+            diagnostics.objective(loss, state, params, **model),
+        )
+    )(gradients, state, params)
     whole = np.linalg.norm(kernel_gradient + pull + bounded)
     expected = {
         "kernel": (whole, *map(np.linalg.norm, (kernel_gradient, pull, bounded))),
@@ -99,8 +110,6 @@ def test_the_residual_and_the_objective_are_those_of_the_model(regularizer):
         np.array(found.whole), np.hypot(*(np.array(expected[name]) for name in expected)), rtol=1e-12
     )
 
-    loss = PROBLEM.loss(kernel, bias)
-    terms = diagnostics.objective(loss, state, params, **model)
     np.testing.assert_allclose(
         np.array(terms), [loss + quantized + constrained, loss, quantized, constrained], rtol=1e-12
     )
@@ -109,14 +118,15 @@ def test_the_residual_and_the_objective_are_those_of_the_model(regularizer):
 def test_the_objective_falls_at_every_step_without_noise():
     model: Any = {"penalty": RHO, "regularizer": Ridge(0.2), "regularizer_penalty": 2.0}
     optimizer = stam_proximal(1 / PROBLEM.smoothness(), **model)
-    params = helpers.start(PROBLEM)
-    state = helpers.begin(optimizer, params)
-    values = []
-    for _ in range(30):
+
+    def step(carry: Any, _: None) -> Any:
+        params, state = carry
         loss, gradients = jax.value_and_grad(lambda params: helpers.loss(PROBLEM, params))(params)
-        values.append(float(diagnostics.objective(loss, state, params, **model).total))
-        params, state = helpers.take_step(optimizer, gradients, state, params)
-    assert np.all(np.diff(values) < 0)
+        value = diagnostics.objective(loss, state, params, **model).total
+        return helpers.take_step(optimizer, gradients, state, params), value
+
+    run = lambda params: jax.lax.scan(step, (params, optimizer.init(params)), length=30)[1]
+    assert np.all(np.diff(quick_jit(run)(helpers.start(PROBLEM))) < 0)
 
 
 @pytest.mark.parametrize("name", [name for name in REGULARIZERS if name != "none"])
@@ -158,6 +168,14 @@ def test_the_flip_work_is_what_moving_the_binary_weights_costs(kappa, project):
         project=project,
     )
     loss = lambda params: helpers.loss(PROBLEM, params)
+    settings: Any = {"learning_rate": eta, "penalty": rho, "inertia": kappa}
+
+    @quick_jit
+    def step(params: Any, state: Any, noises: Any) -> Any:
+        gradients = jax.tree.map(jnp.add, jax.grad(loss)(params), noises)
+        before, after = (params, state), helpers.take_step(optimizer, gradients, state, params)
+        return *after, diagnostics.flip_work(loss, gradients, before[::-1], after[::-1], **settings)
+
     params = helpers.start(PROBLEM)
     state = helpers.begin(optimizer, params)
     lam, pull = eta * rho, (1 - kappa) * rho
@@ -167,11 +185,7 @@ def test_the_flip_work_is_what_moving_the_binary_weights_costs(kappa, project):
     works, flips = [], 0
     for k in range(20):
         noises = {"kernel": PROBLEM.kernel_noise[k], "bias": PROBLEM.bias_noise[k]}
-        gradients = jax.tree.map(lambda g, e: g + e, jax.grad(loss)(params), noises)
-        before = (state, params)
-        params, state = helpers.take_step(optimizer, gradients, state, params)
-        settings = {"learning_rate": eta, "penalty": rho, "inertia": kappa}
-        found = diagnostics.flip_work(loss, gradients, before, (state, params), **settings)
+        params, state, found = step(params, state, noises)
 
         d, bias_d = (g + noises[name] for name, g in zip(noises, PROBLEM.gradient(x, bias), strict=True))
         q = reference.project(v)
@@ -359,7 +373,7 @@ def test_measures_of_what_is_not_there_are_refused(measure, error, words):
         measure(stam_proximal(ETA, RHO).init(START), START)
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_what_is_recorded_is_what_one_would_measure_by_hand(every):
     model: Any = {"regularizer": Ridge(0.5), "regularizer_penalty": 2.0}
     blend = LinearBlend(optax.linear_schedule(0.0, 1.0, 10))
@@ -375,28 +389,33 @@ def test_what_is_recorded_is_what_one_would_measure_by_hand(every):
 
     params = helpers.start(PROBLEM)
     begun = helpers.begin(recorder, params)
-    _, recorded = jax.jit(lambda carry: jax.lax.scan(step, carry, noise))((params, begun))
+    _, recorded = quick_jit(lambda carry: jax.lax.scan(step, carry, noise))((params, begun))
+
+    @quick_jit
+    def by_hand(gradients: Any, state: Any, params: Any, penalty: Any) -> Any:
+        new_params, new_state = helpers.take_step(plain, gradients, state, params)
+        residual = diagnostics.residual(gradients, state, params, penalty=penalty, **model)
+        before, after = (quantize(p)["kernel"] for p in (params, new_params))
+        measured = (
+            residual.whole.total,
+            diagnostics.quantization_gap(new_params),
+            diagnostics.sign_flips(before, after),
+            optax.tree.norm(jax.tree.map(jnp.subtract, new_params, params)),
+        )
+        return new_params, new_state, measured
 
     params = helpers.start(PROBLEM)
     state = helpers.begin(plain, params)
     expected: Any = ()
     flips = []
     for k in range(7):
-        gradients = jax.tree.map(lambda leaf, k=k: jnp.asarray(leaf[k]), noise)
-        new_params, new_state = helpers.take_step(plain, gradients, state, params)
+        gradients = jax.tree.map(lambda leaf, k=k: leaf[k], noise)
+        params, state, measured = by_hand(gradients, state, params, 1.0 + k)
         if k % every == 0:
-            residual = diagnostics.residual(gradients, state, params, penalty=1.0 + k, **model)
-            before, after = (quantize(p)["kernel"] for p in (params, new_params))
-            expected = (
-                residual.whole.total,
-                diagnostics.quantization_gap(new_params),
-                diagnostics.sign_flips(before, after),
-                optax.tree.norm(jax.tree.map(jnp.subtract, new_params, params)),
-            )
+            expected = measured
             flips.append(float(expected[2]))
-        found = [field[k] for field in recorded]
+        found = [np.asarray(field)[k] for field in recorded]
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-        params, state = new_params, new_state
     assert max(flips) > 0
 
 
@@ -404,8 +423,8 @@ def test_what_is_recorded_is_what_one_would_measure_by_hand(every):
     "inner",
     [
         stam_proximal(ETA, RHO),
-        binary_connect(optax.adam(ETA)),
-        prox_quant(optax.sgd(ETA), threshold=1e-3, hard_from=40),
+        pytest.param(binary_connect(optax.adam(ETA)), marks=pytest.mark.slow),
+        pytest.param(prox_quant(optax.sgd(ETA), threshold=1e-3, hard_from=40), marks=pytest.mark.slow),
         optax.chain(optax.sgd(ETA), SGD),
     ],
     ids=["proximal", "around an optimizer", "without latent weights", "behind an optimizer"],
@@ -506,15 +525,20 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("recorded", [around, behind])
-@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize(
+    ("wrap", "recorded"),
+    [
+        *((wrap, around) for wrap in WRAPPERS.values()),
+        *(pytest.param(wrap, behind, marks=pytest.mark.slow) for wrap in WRAPPERS.values()),
+    ],
+)
 def test_a_recorder_records_inside_other_wrappers(wrap, recorded):
     optimizer = wrap(recorded)
     params = helpers.start(PROBLEM)
     state = helpers.begin(optimizer, params)
+    step, gradients = quick_jit(partial(helpers.take_step, optimizer)), jax.tree.map(np.ones_like, params)
     for _ in range(4):
-        gradients = jax.tree.map(jnp.ones_like, params)
-        params, state = helpers.take_step(optimizer, gradients, state, params)
+        params, state = step(gradients, state, params)
     found = optax.tree.get(state, "diagnostics")
     assert np.all(np.isfinite(np.array(found)))
     assert found.residual > 0
@@ -526,7 +550,7 @@ def test_norms_of_moves_in_half_precision_do_not_overflow():
     gradients = {"kernel": jnp.full((4, 4), 300.0, jnp.float16)}
     recorder = diagnostics.record(stam_proximal(100.0, 0.0))
     state = helpers.begin(recorder, params)
-    _, state = helpers.take_step(recorder, gradients, state, params)
+    _, state = quick_jit(partial(helpers.take_step, recorder))(gradients, state, params)
     np.testing.assert_allclose(state.diagnostics.moved, 4 * 30_000, rtol=1e-3)
 
 

@@ -11,6 +11,7 @@ from experiments.config import SettingsError
 from experiments.reporting import pages, results, run_folder
 from experiments.training import study
 from experiments.training.run import Trainer
+from tests.helpers import run_without_training
 
 STUDY = """
 question = "Which learning rate?"
@@ -114,10 +115,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(asked, monkeypatch, cap
 
     def rehearse(self, seed, folder, *arguments, **options):
         trained.append(folder.name)
-        row = {"epoch": 2, "loss": 1.0, "quantization_gap": None, "sign_flips": None}
-        row |= {"hard_accuracy": 0.5, "relaxed_accuracy": 0.5, "seconds": 1.0}
-        run_folder.write_text(folder / run_folder.METRICS, run_folder.as_csv([row]))
-        return {"method": self.settings.method, **row, "seed": seed}
+        return run_without_training(self, seed, folder)
 
     monkeypatch.setattr(Trainer, "rehearse", rehearse)
     kept = asked.parent / "kept"
@@ -187,13 +185,21 @@ def test_every_kept_study_is_one_that_can_be_asked_again_or_one_of_an_earlier_ve
         assert config.parsed(values | {"seed": 0}) == trial.settings
 
 
-def test_a_trial_may_begin_at_a_float_network(asked):
+def test_a_trial_may_begin_at_a_float_network(asked, monkeypatch):
+    begun = {}
+
+    def rehearse(self, seed, folder, *arguments, start, **options):
+        begun[folder] = self.settings.method, start
+        (folder / run_folder.RELAXED).touch()
+        return run_without_training(self, seed, folder)
+
+    monkeypatch.setattr(Trainer, "rehearse", rehearse)
     asked.write_text(SHORT.replace("seeds = 2", "seeds = 1").replace('["float", "stam"]', '"stam"'))
     with asked.open("a") as file:
         file.write("warm_start = true\n")
     assert main(["study", str(asked), "--output", str(asked.parent / "kept")]) == 0
     (row,) = results.read(asked.parent / "kept").rows
     folder = study.place_of(asked.parent / "kept", row["trial"], 0)
-    assert run_folder.read_settings(folder / run_folder.CONFIG).method == "stam"
-    assert run_folder.read_settings(folder / "float" / run_folder.CONFIG).method == "float"
-    assert (folder / "float" / run_folder.RELAXED).is_file()
+    assert begun == {
+        folder / "float": ("float", None), folder: ("stam", folder / "float" / run_folder.RELAXED)
+    }  # fmt: skip

@@ -11,6 +11,7 @@ from experiments.reporting import results, run_folder
 from experiments.training import compare, table
 from experiments.training.begin import begin
 from experiments.training.run import Trainer
+from tests.helpers import run_without_training
 
 ARGUMENTS = "table --datasets digits --models resnet8 --methods float stam --seeds 2 --epochs 2 --width 0.125"
 CELLS = [f"{method}-seed{seed}" for method in ("float", "stam") for seed in (0, 1)]
@@ -25,12 +26,11 @@ def folder(tmp_path_factory) -> Path:
     """A table of which one run failed at first."""
     folder = tmp_path_factory.mktemp("table")
     with pytest.MonkeyPatch.context() as patch:
-        run = Trainer.run
 
         def sometimes(self, seed, *rest, **options):
             if self.settings.method == "stam" and seed == 1:
                 raise MemoryError("no memory left")
-            return run(self, seed, *rest, **options)
+            return run_without_training(self, seed, *rest, **options)
 
         patch.setattr(Trainer, "run", sometimes)
         assert make(folder) == 1
@@ -50,12 +50,11 @@ def test_a_failed_run_is_told_and_the_others_are_in_the_table(folder, tmp_path):
 
 def test_going_on_trains_only_what_is_missing(folder, monkeypatch):
     trained = []
-    run = Trainer.run
     monkeypatch.setattr(
         Trainer,
         "run",
         lambda self, seed, *rest, **options: (
-            trained.append((self.settings.method, seed)) or run(self, seed, *rest, **options)
+            trained.append((self.settings.method, seed)) or run_without_training(self, seed, *rest, **options)
         ),
     )
     assert make(folder) == 0

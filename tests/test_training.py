@@ -28,6 +28,7 @@ from experiments.networks import float_files
 from experiments.reporting import run_folder
 from experiments.training import compare, optimizers
 from experiments.training.run import Progress, Trainer
+from tests.helpers import run_without_training
 
 TINY = TrainSettings(width=0.125, epochs=3, batch_size=128)
 QUICK = ("--width", "0.125", "--epochs", "2", "--batch-size", "128")
@@ -94,15 +95,6 @@ def test_a_run_goes_on_from_its_last_kept_state_when_it_was_cut_off(trainer, who
     assert kept == {STEPS, 2 * STEPS, 3 * STEPS}
 
 
-def test_a_finished_run_leaves_no_checkpoint_that_nobody_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "experiments.training.checkpoints.Checkpoints.is_due", lambda self, step, **_: step == 4
-    )
-    assert main(["train", *QUICK, "--output", str(tmp_path / "run")]) == 0
-    assert not (tmp_path / "run" / run_folder.CHECKPOINTS).exists()
-    assert (tmp_path / "run" / run_folder.RESULTS).is_file()
-
-
 def test_a_line_of_metrics_that_was_cut_off_is_written_anew(trainer, whole, tmp_path):
     with pytest.raises(StoppedError):
         run_until(trainer, tmp_path, STEPS + 1)
@@ -149,31 +141,18 @@ def test_an_interrupt_saves_the_state_and_prints_the_command_that_goes_on(tmp_pa
     monkeypatch.setattr(Trainer, "_measure", learn)
     assert main(said[-1].split()[3:]) == 0
     assert "no checkpoint" not in capsys.readouterr().out
+    assert not (folder / run_folder.CHECKPOINTS).exists()  # It only served to go on.
     assert [row["epoch"] for row in run_folder.read_csv(folder / "metrics.csv")] == [1, 2]
 
 
-def test_a_run_without_a_checkpoint_says_that_it_starts_over(tmp_path, capsys):
+def test_a_run_without_a_checkpoint_says_that_it_starts_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Trainer, "run", run_without_training)
     arguments = ["train", *QUICK, "--output", str(tmp_path / "run"), "--resume"]
     assert main(arguments) == 0
     assert "no checkpoint yet" not in capsys.readouterr().out
     (tmp_path / "run" / run_folder.RESULTS).unlink()
     assert main(arguments) == 0
     assert "no checkpoint yet: starting over" in capsys.readouterr().out
-
-
-def test_a_signal_at_the_last_step_stops_before_the_next_run(tmp_path, monkeypatch, capsys):
-    run = Trainer.run
-
-    def then_stop(self, *rest, **options):
-        row = run(self, *rest, **options)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return row
-
-    monkeypatch.setattr(Trainer, "run", then_stop)
-    arguments = ["compare", "--methods", "float", "stam", *QUICK, "--output"]
-    assert main([*arguments, str(tmp_path / "run")]) == 143
-    assert "stopped after 1 of 2 runs" in capsys.readouterr().err
-    assert (tmp_path / "run" / "float-seed0" / run_folder.RESULTS).is_file()
 
 
 def test_streamed_images_train_the_same_network(trainer, whole, tmp_path):
@@ -185,6 +164,7 @@ def test_streamed_images_train_the_same_network(trainer, whole, tmp_path):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_steps_that_devices_take_on_their_own_are_the_same_steps(trainer, whole, tmp_path):
     # Four at most, and so that the nine of an epoch are whole calls; stopped amid one, it goes on to its end.
     by_threes = Trainer(TINY, trainer.dataset, Execution(steps_per_call=4))
@@ -355,6 +335,7 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(trainer, monkeypatch):
 
 
 def test_what_is_finished_stays_as_it_was_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "run", run_without_training)
     monkeypatch.chdir(tmp_path)
     arguments = ["compare", "--methods", "float", *QUICK, "--output", "run"]
     assert main(arguments) == 0

@@ -165,7 +165,7 @@ def _images(path: Path, said: Any) -> Images:
 
 def is_whole(path: Path, params: Any, stats: Any) -> bool:
     """Whether a file gives back weights and statistics bit for bit."""
-    stored = stam_jax.unpack(stam_jax.load_packed(path, like={"params": params, "stats": stats}))
+    stored = jax.jit(stam_jax.unpack)(stam_jax.load_packed(path, like={"params": params, "stats": stats}))
     pairs = zip(jax.tree.leaves(stored), jax.tree.leaves({"params": params, "stats": stats}), strict=True)
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
 

@@ -1,7 +1,7 @@
 """Accuracy, of the relaxed network and of the quantized one."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -45,8 +45,8 @@ def accuracy(graph: Any, params: Any, stats: Any, split: Split, layout: Layout) 
     correct = []
     for start in range(0, split.size, batch):
         images, labels = split.at(np.arange(start, min(start + batch, split.size)))
-        # A device gets as many images as the others: what is missing in the last batch has no label.
-        missing = -len(labels) % jax.device_count()
+        # Batches of one size, so that one program serves all: what is missing in the last one has no label.
+        missing = batch - len(labels)
         images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
         part = Split(images, np.pad(labels, (0, missing), constant_values=-1))
         correct.append(_correct(graph, params, stats, part, layout.split))
@@ -79,24 +79,36 @@ def batch_statistics(
     return total
 
 
-def quantized(
-    params: Any, quantizer: Mapping[str, stam_jax.Quantizer | None]
-) -> tuple[Any, dict[str, jax.Array]]:
-    """The quantized network, and its quantized leaves by path, once they are seen to be quantized.
+def projection(
+    shapes: Any, quantizer: Mapping[str, stam_jax.Quantizer | None]
+) -> Callable[[Any], tuple[Any, dict[str, jax.Array]]]:
+    """A function that gives the quantized network, and its quantized leaves by path.
 
-    Raises:
-        AssertionError: if one is not: if it has more values per scale than its quantizer has levels.
+    It raises an AssertionError if one of these is not quantized: if it has more values per scale than its
+    quantizer has levels.
+
+    Args:
+        shapes: the parameters, or their shapes.
+        quantizer: what is quantized, and how, by patterns.
     """
-    network = stam_jax.quantize(params, quantizer)
-    # Of the numbers that were put out: their scales, fitted anew, leave nothing to move.
-    rows = stam_jax.tabulate(network, quantizer).rows
-    leaves = {
-        row.path: leaf
-        for row, leaf in zip(rows, jax.tree.leaves(network), strict=True)
-        if row.quantizer is not None
-    }
-    for row in rows:
-        if row.gap is not None and not row.gap < _ROUNDING:
-            values = np.unique(np.asarray(leaves[row.path]))
-            raise AssertionError(f"{row.path} is not quantized: {values[:5]}...")
-    return network, leaves
+    rows = stam_jax.tabulate(shapes, quantizer).rows
+
+    @jax.jit
+    def project(params: Any) -> tuple[Any, dict[str, jax.Array], dict[str, jax.Array]]:
+        network = stam_jax.quantize(params, quantizer)
+        pairs = zip(rows, jax.tree.leaves(network), strict=True)
+        leaves = {row.path: leaf for row, leaf in pairs if row.quantizer is not None}
+        # Of the numbers that are put out: their scales, fitted anew, leave nothing to move.
+        again = jax.tree.leaves(stam_jax.quantize(network, quantizer))
+        fitted = {row.path: leaf for row, leaf in zip(rows, again, strict=True)}
+        gap = lambda leaf, other: jnp.linalg.norm(leaf - other) / jnp.linalg.norm(leaf)
+        return network, leaves, {path: gap(leaf, fitted[path]) for path, leaf in leaves.items()}
+
+    def checked(params: Any) -> tuple[Any, dict[str, jax.Array]]:
+        network, leaves, gaps = project(params)
+        for path, gap in jax.device_get(gaps).items():
+            if not gap < _ROUNDING:
+                raise AssertionError(f"{path} is not quantized: {np.unique(np.asarray(leaves[path]))[:5]}...")
+        return network, leaves
+
+    return checked

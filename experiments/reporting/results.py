@@ -72,17 +72,16 @@ def gather(config: Mapping[str, Any], places: Iterable[tuple[Path, Row]]) -> Res
 
 
 def write(folder: Path, results: Results) -> None:
-    """Write the five files."""
+    """Write all but the picture, for which there is `draw`."""
     run_folder.write_json(folder / CONFIG, results.config)
     run_folder.write_json(folder / ENVIRONMENT, results.environments)
     if results.rows:
         run_folder.write_text(folder / RESULTS, run_folder.as_csv(results.rows))
         run_folder.write_text(folder / METRICS, run_folder.as_csv(results.metrics))
-        draw(folder, results)
 
 
 def draw(folder: Path, results: Results) -> None:
-    """Draw the picture anew."""
+    """Draw the picture."""
     name = "trial" if results.is_study else "method"
     curves = {line: list(by("seed", rows).values()) for line, rows in by(name, results.metrics).items()}
     plots.curves(folder / CURVES, curves)
@@ -130,6 +129,7 @@ def collect(source: Path, target: Path) -> None:
             )
     target.mkdir(parents=True, exist_ok=True)
     write(target, results)
+    draw(target, results)
 
 
 def folders(root: Path, *, studies: bool) -> list[Path]:

@@ -29,7 +29,7 @@ def train(
     rows: list[Row] = [*run_folder.read_csv(folder / RESULTS)]
     if devices.is_first():
         plots.curves(folder / CURVES, {settings.method: [run_folder.read_csv(folder / METRICS)]})
-    _conclude(rows, folder, console)
+    _say(rows, folder, console)
     return rows
 
 
@@ -46,11 +46,11 @@ def compare(
     console.print(f"Folder:  {folder}", soft_wrap=True, highlight=False)
     planned = jobs_of(settings, folder, resume=resume)
     failures = jobs.run(planned, execution, folder, console, lambda job: gather(folder))
-    rows = gather(folder)
+    rows = conclude(folder).rows
     for failure in failures:
         console.print(f"failed: {failure}", style="bold red", highlight=False, soft_wrap=True)
     if rows:
-        _conclude(rows, folder, console)
+        _say(rows, folder, console)
     if len({row["method"] for row in rows}) > 1:
         tables.print_noise(rows, jobs.dataset_of(settings, execution).test.size, console)
     return failures
@@ -76,8 +76,16 @@ def _place(folder: Path, method: str, seed: int) -> Path:
     return folder / f"{method}-seed{seed}"
 
 
-def gather(folder: Path) -> Sequence[Row]:
-    """Write the results of a comparison from the folders of its runs; return the rows."""
+def conclude(folder: Path) -> results.Results:
+    """Write the results of a comparison, and draw them."""
+    gathered = gather(folder)
+    if gathered.rows and devices.is_first():
+        results.draw(folder, gathered)
+    return gathered
+
+
+def gather(folder: Path) -> results.Results:
+    """Write the results of a comparison from the folders of its runs; return them."""
     config = run_folder.read_json(folder / CONFIG)
     runs = [(method, seed) for method in METHODS for seed in range(config["seeds"])]
     gathered = results.gather(
@@ -85,10 +93,10 @@ def gather(folder: Path) -> Sequence[Row]:
     )
     if gathered.rows and devices.is_first():
         results.write(folder, gathered)
-    return gathered.rows
+    return gathered
 
 
-def _conclude(rows: Sequence[Row], folder: Path, console: Console) -> None:
+def _say(rows: Sequence[Row], folder: Path, console: Console) -> None:
     """Print the table, and where the files are."""
     tables.print_results(rows, console)
     console.print(f"Curves:  {folder / CURVES}", soft_wrap=True, highlight=False)

@@ -93,6 +93,7 @@ def _signs(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return jax.tree.map(lambda y: jnp.where(y >= 0, jnp.int8(1), jnp.int8(-1)), weights)
 
 
+_flips = jax.jit(diagnostics.sign_flips)
 _EXECUTION, _SILENT = Execution(), Progress()
 
 
@@ -140,6 +141,8 @@ class Trainer:
         self.optimizer = optimizers.build(
             settings, self.quantizer, steps=self.steps, epoch=self.steps_per_epoch
         )
+        self._project = evaluation.projection(self._params, self.quantizer)
+        self._gap = jax.jit(lambda params: diagnostics.quantization_gap(params, self.quantizer))
         self.layout = devices.Layout()
         self._draw = jax.jit(self._drawn, out_shardings=self.layout.whole)
         self._begin = jax.jit(self._begun, out_shardings=self.layout.whole)
@@ -405,10 +408,8 @@ class Trainer:
             "loss": loss,
             **self._accuracies(state.stats, self._networks(state, hard), self.dataset.validation),
             # |x - P(x)| / |x|; before version 0.2 it was divided by |P(x)|.
-            "quantization_gap": (
-                float(diagnostics.quantization_gap(state.params, self.quantizer)) if leaves else None
-            ),
-            "sign_flips": float(diagnostics.sign_flips(before, signs)) if leaves else None,
+            "quantization_gap": (float(self._gap(state.params)) if leaves else None),
+            "sign_flips": float(_flips(before, signs)) if leaves else None,
             "seconds": seconds(),
         }
         recorder.append(metrics)
@@ -419,7 +420,7 @@ class Trainer:
         """The binary network, seen to be binary, and its binary leaves by path; nothing in a float run."""
         if self.settings.method == "float":
             return None, {}
-        return evaluation.quantized(state.params, self.quantizer)
+        return self._project(state.params)
 
     def _calibrated(self, params: Any, stats: Any) -> Any:
         """Batch-norm statistics estimated anew for some weights."""
@@ -482,7 +483,7 @@ class Trainer:
             # Packed from the quantized weights, as the relaxed ones of some methods are never quite hard.
             # That fits the scales anew, to rounding, so what is measured is what was packed.
             packed = stam_jax.pack(hard, self.quantizer)
-            hard = self.layout.everywhere(jax.device_get(stam_jax.unpack(packed)))
+            hard = self.layout.everywhere(jax.device_get(jax.jit(stam_jax.unpack)(packed)))
         measured = self._networks(state, hard)
         row = {
             "method": self.settings.method,

@@ -153,7 +153,10 @@ def study(path: Path, execution: Execution, folder: Path, console: Console) -> l
     failures = jobs.run(planned, execution, folder, console, lambda job: gather(asked, folder))
     for failure in failures:
         console.print(f"failed: {failure}", style="bold red", highlight=False, soft_wrap=True)
-    _print(gather(asked, folder), console)
+    answers = gather(asked, folder)
+    if answers.rows and devices.is_first():
+        results.draw(folder, answers)
+    _print(answers, console)
     return failures
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
-from experiments.config import METHODS, Execution, TableSettings
+from experiments.config import METHODS, CompareSettings, Execution, TableSettings
 from experiments.data import devices
 from experiments.reporting import plots, run_folder, tables
 from experiments.training import compare, jobs
@@ -34,11 +34,13 @@ def table(
         jobs.check(comparison, execution)
     planned = []
     for comparison in comparisons:
-        place = folder / f"{comparison.dataset}-{comparison.model}"
+        place = _place(folder, comparison)
         begin(place, "compare", comparison, resume=True)
         planned += compare.jobs_of(comparison, place, resume=True)
     console.print(f"Folder:  {folder}", soft_wrap=True, highlight=False)
     failures = jobs.run(planned, execution, folder, console, lambda job: compare.gather(job.folder.parent))
+    for comparison in comparisons:
+        compare.conclude(_place(folder, comparison))
     if devices.is_first():
         write(folder)
         console.print(Markdown((folder / MARKDOWN).read_text()))
@@ -46,6 +48,10 @@ def table(
             if (folder / name).is_file():
                 console.print(f"Written: {folder / name}", soft_wrap=True, highlight=False)
     return failures
+
+
+def _place(folder: Path, comparison: CompareSettings) -> Path:
+    return folder / f"{comparison.dataset}-{comparison.model}"
 
 
 def write(folder: Path) -> None:

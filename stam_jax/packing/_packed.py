@@ -76,6 +76,7 @@ class Packed:
         """Bytes of the codes and the scales."""
         return sum(part.size * np.dtype(part.dtype).itemsize for part in (self.codes, self.scales))
 
+    @jax.jit
     def unpack(self) -> jax.Array:
         """The array, whole.
 

@@ -246,7 +246,7 @@ class _Methods:
     methods: Annotated[tuple[Method | Literal["all"], ...], _SEVERAL, _METHOD] = (
         "float",
         "binary_connect",
-        "binary_relax",
+        "prox_quant",
         "stam",
     )
     """Methods to train with; "all" for every one."""

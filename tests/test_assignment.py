@@ -611,8 +611,8 @@ def test_the_table_counts_the_bits_that_packing_takes(quantizer):
 
 
 def test_shapes_do_for_parameters():
-    shapes = jax.eval_shape(lambda: NETWORK)
-    of_shapes, of_values = tabulate(shapes).rows, tabulate(NETWORK).rows
+    head = {"head": NETWORK["head"], "steps": NETWORK["steps"]}
+    of_shapes, of_values = tabulate(jax.eval_shape(lambda: head)).rows, tabulate(head).rows
     assert [row.gap for row in of_shapes] == [None] * len(of_values)
     assert any(row.gap is not None for row in of_values)
     for a, b in zip(of_shapes, of_values, strict=True):

@@ -43,10 +43,10 @@ every_dtype = pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"
 
 # Binary least squares: a planted sign pattern seen through noise, so that no float solution is binary.
 rng = np.random.default_rng(0)
-INPUTS = np.float32(rng.normal(size=(128, 16)))
-SIGNS = np.float32(np.where(rng.normal(size=(16, 4)) > 0, 1.0, -1.0))
-BIAS = np.float32(rng.normal(size=4))
-TARGETS = INPUTS @ SIGNS + BIAS + np.float32(rng.normal(size=(128, 4)))
+INPUTS = rng.normal(size=(128, 16)).astype(np.float32)
+SIGNS = np.where(rng.normal(size=(16, 4)) > 0, 1.0, -1.0).astype(np.float32)
+BIAS = rng.normal(size=4).astype(np.float32)
+TARGETS = INPUTS @ SIGNS + BIAS + rng.normal(size=(128, 4)).astype(np.float32)
 START = jax.tree.map(
     jnp.asarray, {"bias": np.zeros(4, np.float32), "kernel": np.float32(0.1 * rng.normal(size=(16, 4)))}
 )
@@ -124,7 +124,7 @@ def test_it_finds_the_planted_signs(method):
 
 
 @every_state
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_what_is_not_quantized_takes_the_step_of_the_optimizer_exactly(method, dtype):
     cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
     optimizer = optax.chain(optax.add_decayed_weights(0.1), MOMENTUM)

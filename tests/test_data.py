@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
+from experiments.cli import main
 from experiments.config import DatasetName, SettingsError
 from experiments.data import downloads, image_sets, tfds
 from experiments.data.downloads import RELEASES, Files, Part, Release
@@ -398,11 +399,12 @@ def test_a_prepared_set_is_left_as_it_is(name, data_dir, capsys):
     assert times() == before
 
 
-def test_preparing_writes_nothing_to_standard_output(tmp_path, capsys):
-    tfds.prepare("mnist", tmp_path / "data", write(tmp_path / "files", "mnist"))
+def test_the_command_prepares_a_set_and_says_where_it_is(tmp_path, capsys):
+    files, data_dir = write(tmp_path / "files", "mnist"), tmp_path / "data"
+    assert main(["prepare", "mnist", "--from", str(files), "--data-dir", str(data_dir)]) == 0
     captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith(f"Preparing mnist in {tmp_path / 'data'}.")
+    assert captured.out == f"Prepared: {tfds.find('mnist', data_dir)}\n"
+    assert captured.err.startswith(f"Preparing mnist in {data_dir}.")
 
 
 def test_a_set_in_another_format_is_named(tmp_path):

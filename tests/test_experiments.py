@@ -9,14 +9,16 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from rich.console import Console
 from sklearn.datasets import load_digits
 
 import stam_jax
+from experiments.cli import main
 from experiments.config import METHODS, Relaxation, SettingsError, TrainSettings
 from experiments.data import image_sets
 from experiments.data.devices import Layout
 from experiments.networks import evaluation, float_files, models
-from experiments.reporting import pages, plots, results, run_folder
+from experiments.reporting import pages, plots, results, run_folder, tables
 from experiments.training import optimizers
 from experiments.training.run import Trainer
 from stam_jax import relaxations
@@ -29,7 +31,9 @@ def digits() -> image_sets.Dataset:
 
 @pytest.fixture(scope="module")
 def network(digits: image_sets.Dataset) -> models.Network:
-    return models.build("resnet8", digits, width=0.25, key=jax.random.key(0))
+    build = lambda key: models.build("resnet8", digits, width=0.25, key=key)
+    graph = models.split(nnx.eval_shape(build, jax.random.key(0)))[0]
+    return nnx.merge(graph, *jax.jit(lambda key: models.split(build(key))[1:])(jax.random.key(0)))
 
 
 def rows(images: np.ndarray) -> list[bytes]:
@@ -481,6 +485,21 @@ def test_settings_that_cannot_work_are_refused_before_training(digits):
             Trainer(TrainSettings(exclude=(pattern,)), digits)
 
 
+def test_a_comparison_says_which_differences_are_more_than_chance(capsys):
+    rows = [
+        {"method": method, "hard_accuracy": accuracy}
+        for method, accuracy in (("float", None), ("stam", 0.99), ("parq", 0.985), ("prox_quant", 0.9))
+    ]
+    console = Console(width=200)
+    tables.print_noise(rows, 450, console)
+    printed = capsys.readouterr().out
+    # Two standard deviations of a difference: 2 sqrt(2 x 0.99 x 0.01 / 450).
+    assert "450 test images is 0.22 points. Less than 1.3 points" in printed
+    assert "below the best: prox_quant by 9.0." in printed
+    tables.print_noise(rows[:3], 450, console)
+    assert "not told apart" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("methods", [METHODS[:1], METHODS[:8], METHODS], ids=len)
 def test_the_picture_has_a_line_for_each_method_whatever_their_number(tmp_path, methods):
     def metrics(hard: float | None) -> list[dict[str, Any]]:
@@ -593,6 +612,14 @@ def test_the_report_tells_results_of_fewer_images_apart(kept):
     )
     text = pages.updated(_marked("published"), kept.parent / "page.md", kept)
     assert text.count("| not run |") == 7
+
+
+def test_the_command_writes_pages_in_place(kept, monkeypatch):
+    monkeypatch.setattr(pages.updated, "__defaults__", (kept,))
+    page = kept.parent / "page.md"
+    page.write_text(_marked("headline"))
+    assert main(["report", str(page)]) == 0
+    assert "| stam | 85.00 ± 7.07 (2) |" in page.read_text()
 
 
 def test_a_page_without_marks_is_refused(kept):

@@ -26,7 +26,7 @@ from tests.methods import METHODS
 
 STEPS, FEW = 60, 6
 rng = np.random.default_rng(0)
-INPUTS = np.float32(rng.normal(size=(64, 4)))
+INPUTS: Any = rng.normal(size=(64, 4)).astype(np.float32)
 TARGETS = np.tanh(INPUTS @ np.sign(np.float32(rng.normal(size=(4, 2)))))
 START = {
     "body": {"kernel": 0.5 * rng.normal(size=(4, 8)), "bias": np.zeros(8)},
@@ -104,8 +104,9 @@ def linen(make: Make, steps: int) -> Run:
 
 class NNXNetwork(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.body = nnx.Linear(4, 8, rngs=rngs)
-        self.head = nnx.Linear(8, 2, rngs=rngs)
+        zeros = nnx.initializers.zeros
+        self.body = nnx.Linear(4, 8, kernel_init=zeros, rngs=rngs)
+        self.head = nnx.Linear(8, 2, kernel_init=zeros, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.head(jnp.tanh(self.body(x)))
@@ -346,7 +347,9 @@ def test_an_optimizer_of_nnx_goes_through_orbax(tmp_path):
     model = NNXNetwork(nnx.Rngs(0))
     make = lambda: nnx.Optimizer(model, make_optimizer(), wrt=nnx.Param)
     optimizer, new = make(), make()
-    optimizer.update(model, jax.tree.map(jnp.cos, nnx.state(model, nnx.Param)))
+    nnx.update(model, START)
+    step = nnx.jit(lambda optimizer, model, gradients: optimizer.update(model, gradients))
+    step(optimizer, model, jax.tree.map(np.cos, nnx.state(model, nnx.Param)))
     pure = nnx.to_pure_dict(nnx.state(optimizer))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "optimizer", pure)

@@ -45,7 +45,7 @@ def projection(x: Any, over: int | tuple[int, ...] | None = 0) -> np.ndarray:
 
 
 def random(*shape: int) -> np.ndarray:
-    return np.float32(rng.normal(size=shape))
+    return rng.normal(size=shape).astype(np.float32)
 
 
 def test_quantized_leaves_are_the_nearest_weights_and_all_else_is_as_it_was():
@@ -244,7 +244,7 @@ def test_averaged_weights_are_quantized_to_the_projection_of_the_average(kind):
     ],
 )
 def test_under_vmap_every_member_of_a_stack_has_scales_of_its_own(name, quantizer):
-    stack = {"dense": {name: random(3, 4, 5) * np.float32([[[1.0]], [[10.0]], [[0.1]]])}}
+    stack = {"dense": {name: random(3, 4, 5) * np.array([[[1.0]], [[10.0]], [[0.1]]], np.float32)}}
     together = jax.vmap(partial(quantize, quantizer=quantizer))(stack)["dense"][name]
     for i in range(3):
         alone = quantize({"dense": {name: stack["dense"][name][i]}}, quantizer)["dense"][name]

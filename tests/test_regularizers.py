@@ -95,7 +95,7 @@ def test_group_lasso_is_firmly_non_expansive(a, b, step, size):
 
 
 def test_group_lasso_treats_each_channel_alone():
-    v = np.float32(np.random.default_rng(0).normal(size=(2, 4, 3)))
+    v = np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)
     z = np.asarray(prox(GroupLasso, 1.0, v, 0.5))
     for channel in range(3):
         alone = prox(GroupLasso, 1.0, v[..., channel : channel + 1], 0.5)

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import inspect
-import json
 import os
 import re
 import subprocess
@@ -140,40 +139,6 @@ def test_every_link_leads_to_a_file_and_a_heading_of_it(page):
 def test_a_table_is_that_of_the_kept_measurements(part):
     text = part.page.read_text()
     assert report.updated(text, part) == text, "run: python -m benchmarks.report"
-
-
-def kept(name: str) -> list[dict[str, Any]]:
-    """The rows of a kept measurement."""
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-
-
-def test_the_page_of_benchmarks_reads_its_table_rightly():
-    rows = kept("training-cpu")
-    shares = {(row["model"], row["method"]): row["optimizer_share"] for row in rows}
-    assert {method for _, method in shares} == {"float", "binary_connect", "stam"}
-    for row in rows:
-        if row["method"] == "stam":
-            assert 0 < row["optimizer_share"] - shares[row["model"], "float"] < 0.02 / 3
-        if row["method"] != "float":
-            assert row["ratio_to_float_least"] < 1 < row["ratio_to_float_most"]
-        assert 1.5 < row["optimizer_share_most"] / row["optimizer_share_least"] < 3.2
-
-
-def test_the_page_of_theory_reads_its_tables_rightly():
-    theorems, optimum = kept("theorems"), kept("optimum")
-    assert {row["inertia"] for row in theorems} == {0, 0.5, 0.9, 0.99, 1}
-    assert all(row["kept"] == row["seeds"] == 20 for row in theorems)
-    cells = {(row["problem"], row["project"], row["inertia"]): row for row in theorems}
-    for (problem, project, inertia), row in cells.items():
-        if inertia > 0:
-            frozen = cells[problem, project, 0]
-            assert row["flips"] >= frozen["flips"]
-            assert row["hard_loss"] < frozen["hard_loss"]
-    assert all(cells["waves", "first", inertia]["work"] > 0 for inertia in (0.5, 0.9, 0.99, 1))
-    found = {(row["kind"], row["method"]): row["optimal"] for row in optimum}
-    for method in ("float, rounded", "prox_quant", "stam_proximal"):
-        assert found["planted", method] == 100
-    assert max(count for (kind, _), count in found.items() if kind == "arbitrary") < 50
 
 
 def test_the_page_of_benchmarks_has_every_benchmark():

@@ -71,9 +71,9 @@ class Runs(NamedTuple):
         work: the flip work.
     """
 
-    residual: np.ndarray
-    measured: np.ndarray
-    work: np.ndarray
+    residual: Any
+    measured: Any
+    work: Any
 
 
 def run(

@@ -51,7 +51,6 @@ def compare(
         console.print(f"failed: {failure}", style="bold red", highlight=False, soft_wrap=True)
     if rows:
         _say(rows, folder, console)
-    if len({row["method"] for row in rows}) > 1:
         tables.print_noise(rows, jobs.dataset_of(settings, execution).test.size, console)
     return failures
 

@@ -43,7 +43,8 @@ from rich.table import Table
 
 from benchmarks import command
 from experiments.config import Method, ModelName, Precision, TrainSettings
-from experiments.data.image_sets import Dataset, Split
+from experiments.data.image_sets import Dataset
+from experiments.data.records import Split
 
 if TYPE_CHECKING:
     from experiments.training.run import Trainer

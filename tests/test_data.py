@@ -22,6 +22,7 @@ from experiments.cli import main
 from experiments.config import DatasetName, SettingsError
 from experiments.data import downloads, image_sets, tfds
 from experiments.data.downloads import RELEASES, Files, Part, Release
+from experiments.data.records import Records, Selected, Split
 
 NAMES: tuple[DatasetName, ...] = ("cifar10", "cifar100", "mnist", "fashion_mnist", "svhn_cropped")
 TRAIN, TEST, HELD_OUT = 20, 6, 7
@@ -133,7 +134,7 @@ def same_as_drawn(parts: list[Part], name: str) -> bool:
     return True
 
 
-def images_with_labels(*splits: image_sets.Split) -> list[tuple[bytes, int]]:
+def images_with_labels(*splits: Split) -> list[tuple[bytes, int]]:
     return sorted(
         (image.tobytes(), int(label))
         for split in splits
@@ -344,11 +345,11 @@ def test_what_is_prepared_the_stock_entry_point_reads_exactly(name, data_dir):
     for split, part in drawn(RELEASES[name]).items():
         source = tfds.data_source(name, split=split, data_dir=data_dir, download=False)
         examples: list[Any] = list(source)
-        read = image_sets.Split(
+        read = Split(
             np.stack([example["image"] for example in examples]),
             np.array([example["label"] for example in examples]),
         )
-        assert images_with_labels(read) == images_with_labels(image_sets.Split(part.images, part.labels))
+        assert images_with_labels(read) == images_with_labels(Split(part.images, part.labels))
         if part.coarse_labels is not None:
             assert sorted(example["coarse_label"] for example in examples) == sorted(part.coarse_labels)
         if "id" in examples[0]:
@@ -361,7 +362,7 @@ def test_prepared_records_are_those_of_the_release(name, data_dir):
         read = tfds.read_all(tfds.open_records(name, split, data_dir), chunk=4)
         assert read.images.dtype == np.uint8
         assert read.labels.dtype == np.int32
-        assert images_with_labels(read) == images_with_labels(image_sets.Split(part.images, part.labels))
+        assert images_with_labels(read) == images_with_labels(Split(part.images, part.labels))
 
 
 @pytest.mark.parametrize(
@@ -381,7 +382,7 @@ def test_records_that_are_not_there_are_an_index_error(name, data_dir):
 
 
 def test_records_can_be_pickled_before_and_after_they_are_opened(name, data_dir):
-    records = image_sets.Selected(tfds.Prepared(name, "train", data_dir), np.arange(1, TRAIN))
+    records = Selected(tfds.Prepared(name, "train", data_dir), np.arange(1, TRAIN))
     fresh = pickle.loads(pickle.dumps(records))
     read = records.at(np.arange(5))
     assert len(pickle.dumps(records)) < 2000, "files are not part of it"
@@ -551,10 +552,8 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
 
 def test_training_and_validation_are_all_training_images_once(name, data_dir):
     loaded = image_sets.load(name, data_dir)
-    expected = {
-        split: image_sets.Split(part.images, part.labels) for split, part in drawn(RELEASES[name]).items()
-    }
-    assert isinstance(loaded.train, image_sets.Split)
+    expected = {split: Split(part.images, part.labels) for split, part in drawn(RELEASES[name]).items()}
+    assert isinstance(loaded.train, Split)
     assert loaded.validation.size == HELD_OUT
     assert images_with_labels(loaded.train, loaded.validation) == images_with_labels(expected["train"])
     assert images_with_labels(loaded.test) == images_with_labels(expected["test"])
@@ -562,7 +561,7 @@ def test_training_and_validation_are_all_training_images_once(name, data_dir):
 
 def test_a_set_that_is_streamed_is_the_same(name, data_dir):
     loaded, streamed = image_sets.load(name, data_dir), image_sets.load(name, data_dir, streamed=True)
-    assert not isinstance(streamed.train, image_sets.Split)
+    assert not isinstance(streamed.train, Split)
     assert streamed.train.size == loaded.train.size
     everything = np.arange(loaded.train.size)
     np.testing.assert_array_equal(streamed.train.at(everything).images, loaded.train.at(everything).images)
@@ -596,7 +595,7 @@ def test_fewer_training_images_leave_the_other_parts_whole(name, data_dir):
     assert (fewer.validation, fewer.test) == (loaded.validation, loaded.test)
 
 
-def _fewer(name: DatasetName, data_dir: Path, streamed: bool, count: int) -> image_sets.Records:
+def _fewer(name: DatasetName, data_dir: Path, streamed: bool, count: int) -> Records:
     return image_sets.load(name, data_dir, streamed=streamed).with_fewer(count).train
 
 
@@ -619,7 +618,7 @@ def test_the_images_held_out_are_fixed():
 
 def test_digits_know_their_mean_and_deviation():
     digits = image_sets.load("digits")
-    assert isinstance(digits.train, image_sets.Split)
+    assert isinstance(digits.train, Split)
     pixels = digits.train.images / 1.0
     assert digits.train.size == 1197
     assert digits.mean == pytest.approx([pixels.mean()])
@@ -628,7 +627,7 @@ def test_digits_know_their_mean_and_deviation():
 
 
 def test_long_reading_shows_a_bar_on_a_terminal(capsys, monkeypatch):
-    split = image_sets.Split(np.zeros((9, 1, 1, 1), np.uint8), np.arange(9, dtype=np.int32))
+    split = Split(np.zeros((9, 1, 1, 1), np.uint8), np.arange(9, dtype=np.int32))
     np.testing.assert_array_equal(tfds.read_all(split, chunk=2).labels, split.labels)
     assert list(tfds._followed(range(3), "Reading", patience=-1)) == [0, 1, 2]
     assert capsys.readouterr().err == "", "no terminal"

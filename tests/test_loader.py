@@ -9,7 +9,7 @@ import pytest
 
 from experiments.config import SettingsError
 from experiments.data.batches import batches as batches_of
-from experiments.data.image_sets import Records, Split
+from experiments.data.records import Records, Split
 from tests.helpers import slow
 
 COUNT, BATCH = 50, 8

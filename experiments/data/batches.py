@@ -6,7 +6,7 @@ from collections.abc import Generator
 import numpy as np
 
 from experiments.config import SettingsError
-from experiments.data.image_sets import Records, Split
+from experiments.data.records import Records, Split
 
 
 @dataclasses.dataclass(frozen=True)

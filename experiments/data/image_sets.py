@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,62 +11,7 @@ import numpy as np
 from experiments.config import DatasetName
 from experiments.data import devices
 from experiments.data.downloads import RELEASES
-
-
-class Split(NamedTuple):
-    """Some images with their labels.
-
-    Args:
-        images: uint8, of shape [count, height, width, channels].
-        labels: int32, of shape [count].
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    @property
-    def size(self) -> int:
-        """How many images there are."""
-        return len(self.labels)
-
-    def at(self, indices: np.ndarray) -> "Split":
-        """The images of those indices, with their labels."""
-        return Split(self.images[indices], self.labels[indices])
-
-
-class Records(Protocol):
-    """Images to be had by their indices: a split in memory, or one read from disk as it is asked for."""
-
-    @property
-    def size(self) -> int:
-        """How many images there are."""
-        ...
-
-    def at(self, indices: np.ndarray) -> Split:
-        """The images of those indices, with their labels."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Selected:
-    """Some of other records, under new indices.
-
-    Args:
-        records: the others.
-        indices: which of them.
-    """
-
-    records: Records
-    indices: np.ndarray
-
-    @property
-    def size(self) -> int:
-        """How many images there are."""
-        return len(self.indices)
-
-    def at(self, indices: np.ndarray) -> Split:
-        """The images of those indices, with their labels."""
-        return self.records.at(self.indices[indices])
+from experiments.data.records import Records, Selected, Split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from rich.progress import Progress
 from experiments.config import SettingsError
 from experiments.data import downloads
 from experiments.data.downloads import RELEASES, Part, Release
-from experiments.data.image_sets import Records, Split
+from experiments.data.records import Records, Split
 
 _FORMAT = "array_record"  # The one that is read record by record, and without TensorFlow.
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 import stam_jax
 from experiments.data.devices import Layout
-from experiments.data.image_sets import Split
+from experiments.data.records import Split
 from experiments.networks import models
 
 _BATCH = 500

@@ -141,8 +141,7 @@ def run(
             transient=True,
         ) as progress,
     ):
-        total = progress.add_task("runs", total=len(jobs), note="")
-        progress.update(total, visible=len(jobs) > 1)
+        total = progress.add_task("runs", total=len(jobs), note="", visible=len(jobs) > 1)
         elsewhere: set[Path] = set()
         missing = [job for job in jobs if not _exists(job.folder / RESULTS)]
         progress.update(total, completed=len(jobs) - len(missing))
@@ -210,11 +209,16 @@ def _run(job: Job, trainer: Trainer, progress: Progress, stop_requested: Callabl
     if not (job.folder / run_folder.CHECKPOINTS).is_dir() and (job.folder / run_folder.METRICS).is_file():
         progress.console.print("no checkpoint yet: starting over", highlight=False)
     task = progress.add_task("compiling", total=trainer.steps, note="")
-    epoch_of = lambda step: min(step // trainer.steps_per_epoch + 1, settings.epochs)
-    told = Told(
-        lambda step: progress.update(task, completed=step, description=f"epoch {epoch_of(step)}"),
-        lambda row: progress.update(task, note=_note(row)),
-    )
+    begun_at: list[int] = []
+
+    def step_taken(step: int) -> None:
+        progress.update(task, completed=step)
+        if begun_at:  # The first call comes before the first step, which is compiled then.
+            epoch = min(step // trainer.steps_per_epoch + 1, settings.epochs)
+            progress.update(task, description=f"epoch {epoch}/{settings.epochs}")
+        begun_at.append(step)
+
+    told = Told(step_taken, lambda row: progress.update(task, note=_note(row)))
     try:
         carry_out = trainer.run if job.judged_on == "test" else trainer.rehearse
         row = carry_out(settings.seed, job.folder, told, start=start, stop_requested=stop_requested)

@@ -18,7 +18,8 @@ from flax import nnx
 import stam_jax
 from experiments.config import DivergedError, Execution, SettingsError, StoppedError, TrainSettings
 from experiments.data import batches, devices
-from experiments.data.image_sets import Dataset, Split
+from experiments.data.image_sets import Dataset
+from experiments.data.records import Split
 from experiments.deployment import packed_network
 from experiments.networks import evaluation, float_files, models
 from experiments.reporting import run_folder

@@ -92,14 +92,21 @@ RELAXATIONS = {
 
 
 # Every two of inertia, order and relaxation together, and among the slow tests every three.
-ALL_THREE = list(itertools.product((0, 0.3, 0.99, 1), ("first", "last"), RELAXATIONS))
+KAPPAS, ORDERS = (0, 0.3, 0.99, 1), ("first", "last")
+ALL_THREE = [
+    pytest.param(
+        kappa,
+        ORDERS[k],
+        relaxation,
+        id=f"{kappa}-{ORDERS[k]}-{relaxation}",
+        marks=() if (i + j + k) % 2 else slow,
+    )
+    for (i, kappa), (j, relaxation), k in itertools.product(enumerate(KAPPAS), enumerate(RELAXATIONS), (0, 1))
+]
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    ("kappa", "order", "relaxation"),
-    [pytest.param(*each, marks=() if i % 5 in (0, 2) else slow) for i, each in enumerate(ALL_THREE)],
-)
+@pytest.mark.parametrize(("kappa", "order", "relaxation"), ALL_THREE)
 def test_three_block_splitting_is_its_formula(kappa, order, relaxation):
     relax, expected = RELAXATIONS[relaxation]
     optimizer = splitting(relaxation=relax, inertia=kappa, project=order)

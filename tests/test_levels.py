@@ -184,6 +184,15 @@ def test_on_the_way_to_the_projection_it_hardly_moves(quantizer):
         assert np.all(np.linalg.norm(there - y, axis=0) <= 0.1 * np.linalg.norm(y, axis=0))
 
 
+@pytest.mark.parametrize("quantizer", [Ternary(), LeastSquares()], ids=name)
+def test_with_two_bits_it_stays_all_the_way_to_the_projection(quantizer):
+    w = normal(1024, 16)
+    y = np.asarray(projected(quantizer, w))
+    for t in (0.1, 0.5, 0.9, 0.99):
+        there = projected(quantizer, np.float32((1 - t) * w + t * y))
+        np.testing.assert_allclose(there, y, rtol=1e-5)
+
+
 def test_more_bits_come_closer():
     w = normal(64, 8)
     quantizers = [Binary(), Ternary(), LeastSquares(), Uniform(bits=3), Uniform(bits=4)]

@@ -133,7 +133,7 @@ def test_odd_but_for_zeros_and_in_proportion_to_the_weights():
 @every_kind
 def test_weights_of_any_size_have_a_projection_that_stays(kind):
     exponents = np.arange(-149, 120)  # From the least subnormal number, a column of weights each.
-    for w in (normal(8, 1), np.ones((8, 1))):
+    for w in (normal(8, 1), np.ones((8, 1)), np.ones((1, 1))):
         y = project(kind(), np.float32(np.ldexp(np.float64(w), exponents)))
         assert np.all(np.isfinite(y))
         # Where levels are next to the smallest normal number, processors may take them for zero.

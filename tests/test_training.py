@@ -114,12 +114,15 @@ def test_a_signal_after_the_run_means_what_it_meant_before(trainer, tmp_path):
 
 
 def test_a_second_interrupt_does_not_wait_for_the_state(trainer, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # As in a process of one's own.
+
     def interrupt(step: int) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt), devices.stop_requests() as stop_requested:
         trainer.run(0, tmp_path, Progress(step=interrupt), stop_requested=stop_requested)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_saves_the_state_and_prints_the_command_that_goes_on(tmp_path, monkeypatch, capsys):

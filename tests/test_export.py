@@ -353,6 +353,7 @@ def test_a_prepared_set_is_read_and_must_have_images_like_those_of_training(tmp_
     assert "images of mnist are (8, 9, 1), and the network reads (8, 8, 1)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_weights_that_onnx_does_not_unpack_are_refused_and_other_forms_take_them(digits, tmp_path, capsys):
     for quantizer in (stam_jax.Binary(group=2, group_axis=-2), stam_jax.Ternary()):
         path = save(tmp_path / "network.safetensors", quantizer=quantizer)
@@ -459,6 +460,7 @@ def test_a_model_card_has_the_numbers_of_the_file(folder, files):
     }
 
 
+@pytest.mark.slow
 def test_a_model_card_shows_how_to_use_the_network(folder):
     text = (folder / "README.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)

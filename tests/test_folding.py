@@ -62,7 +62,7 @@ def test_signs_take_the_place_of_scaled_weights_and_statistics_go():
 
 
 @pytest.mark.parametrize(
-    "quantizer", [Ternary(), *slow([Binary(group=1, group_axis=-2), Binary(axis=0)])], ids=repr
+    "quantizer", slow([Ternary(), Binary(group=1, group_axis=-2), Binary(axis=0)]), ids=repr
 )
 def test_kernels_with_other_scales_stay_as_they_are(quantizer):
     _, tree = network("resnet8", quantizer)
@@ -75,7 +75,7 @@ def test_kernels_with_other_scales_stay_as_they_are(quantizer):
         np.testing.assert_array_equal(after.scales, before.scales)
 
 
-@pytest.mark.parametrize("quantizer", [Binary(axis=()), *slow([Binary(scale=1.0)])], ids=repr)
+@pytest.mark.parametrize("quantizer", slow([Binary(axis=()), Binary(scale=1.0)]), ids=repr)
 def test_scales_of_whole_kernels_are_folded_too(quantizer):
     graph, tree = network("resnet8", quantizer)
     images = image_sets.load("digits").test.images[:8]

@@ -1,7 +1,6 @@
 """Training stops and goes on, on any number of devices and from any loader, as if nothing had happened."""
 
 import dataclasses
-import json
 import os
 import signal
 import tomllib
@@ -238,18 +237,26 @@ def test_the_float_run_of_a_warm_start_has_the_settings_of_float_and_not_those_o
 
 
 def test_train_runs_the_float_network_of_a_warm_start_first(tmp_path, monkeypatch):
+    begun = []
+
+    def run(self, seed, folder, *arguments, start, **options):
+        begun.append((self.settings.method, start))
+        (folder / run_folder.RELAXED).touch()
+        return run_without_training(self, seed, folder)
+
+    monkeypatch.setattr(Trainer, "run", run)
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--warm-start", *QUICK, "--output", "warm"]) == 0
-    config = json.loads(Path("warm/float/config.json").read_text())
-    assert config["method"] == "float"
-    assert run_folder.read_csv(Path("warm/results.csv"))[0]["method"] == "stam"
+    assert begun == [("float", None), ("stam", Path("warm/float") / run_folder.RELAXED)]
+    assert run_folder.read_settings(Path("warm/float") / run_folder.CONFIG).method == "float"
 
 
-def test_metrics_go_to_tensorboard_on_request(trainer, tmp_path):
-    watched = Trainer(TINY, trainer.dataset, Execution(tensorboard=True))
-    watched.run(0, tmp_path)
+def test_metrics_go_to_tensorboard_on_request(tmp_path):
+    with run_folder.Recorder(tmp_path, keep=0, tensorboard=True) as recorder:
+        recorder.append({"epoch": 1, "step": 9, "hard_accuracy": 0.5, "sign_flips": None})
     (file,) = (tmp_path / run_folder.TENSORBOARD).iterdir()
     assert b"hard_accuracy" in file.read_bytes()
+    assert run_folder.read_csv(tmp_path / run_folder.METRICS)[0]["hard_accuracy"] == 0.5
 
 
 def test_the_step_size_falls_tenfold_after_each_of_some_epochs():

@@ -232,7 +232,7 @@ TREES = st.recursive(PLAIN, lambda below: st.dictionaries(NAMES, below, max_size
 
 
 @pytest.mark.slow
-@settings(max_examples=500)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_random_trees_come_back_bit_for_bit(tmp_path_factory, data):
     of_every_shape = [q for q in QUANTIZERS if q.group is None and q.axis != (0, -1)]

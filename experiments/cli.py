@@ -29,7 +29,6 @@ from experiments.config import (
 )
 
 RECIPES = Path(__file__).parent / "recipes"
-RESULTS = Path(__file__).parent / "results"
 _TRAIN, _COMPARE, _TABLE = TrainSettings(), CompareSettings(), TableSettings()
 _EXECUTION, _READING, _SOURCES = Execution(), Reading(), Sources()
 
@@ -230,7 +229,7 @@ def report(*pages: Path) -> None:
         writing.write(page)
 
 
-def collect(*folders: Path, output: Annotated[Path, OUTPUT] = RESULTS) -> None:
+def collect(*folders: Path, output: Annotated[Path | None, OUTPUT] = None) -> None:
     """Keep the results of finished comparisons and studies, without the folders of their runs.
 
     Parameters
@@ -238,16 +237,17 @@ def collect(*folders: Path, output: Annotated[Path, OUTPUT] = RESULTS) -> None:
     folders
         Folders of compare or study, or of a comparison in one of table.
     output
-        Folder to keep them in, each by the name of its folder; one that is there is replaced.
+        Folder to keep them in, by default experiments/results, each by the name of its folder; one that is
+        there is replaced.
     """
     if not folders:
         raise SettingsError("collect: name the folders of comparisons or studies.")
-    print("Starting JAX ...", file=sys.stderr, flush=True)
-    from experiments.reporting import results
+    from experiments.reporting import pages, results
 
     for folder in folders:
-        results.collect(folder, output / folder.name)
-        _console().print(f"Kept: {output / folder.name}", soft_wrap=True, highlight=False)
+        target = (output or pages.RESULTS) / folder.name
+        results.collect(folder, target)
+        _console().print(f"Kept: {target}", soft_wrap=True, highlight=False)
 
 
 _COMMANDS = {
@@ -338,18 +338,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: training diverged. {error}", file=sys.stderr)
         return 1
     except StoppedError as error:
-        print(f"{error}; the state is saved. To go on:\n{_again(given, error.folder)}", file=sys.stderr)
+        print(f"{error}. To go on:\n  {_again(given, error.folder)}", file=sys.stderr)
         return 128 + error.number
     except KeyboardInterrupt:
-        print(f"interrupted. To go on:\n{_again(given, None)}", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
 
 
-def _again(given: Sequence[str], folder: Path | None) -> str:
+def _again(given: Sequence[str], folder: Path) -> str:
     """The command that goes on with what was stopped."""
     command = ["python", "-m", "experiments", *given]
-    if folder is not None and not any(each.split("=")[0] == "--output" for each in given):
+    if not any(each.split("=")[0] == "--output" for each in given):
         command += ["--output", str(folder)]
-    if given and given[0] in ("train", "compare") and folder is not None and "--resume" not in given:
+    if given[0] in ("train", "compare") and "--resume" not in given:
         command.append("--resume")
-    return f"  {shlex.join(command)}"
+    return shlex.join(command)

@@ -82,15 +82,15 @@ class DivergedError(ArithmeticError):
 
 
 class StoppedError(RuntimeError):
-    """A run that was asked to stop, and has saved its state.
+    """Runs that were asked to stop, and can go on.
 
     Args:
-        message: where it stopped.
+        message: where they stopped.
         number: of the signal that asked.
-        folder: with which its command goes on; None where that is not known.
+        folder: with which the command goes on.
     """
 
-    def __init__(self, message: str, number: int, folder: Path | None = None):
+    def __init__(self, message: str, number: int, folder: Path):
         super().__init__(message)
         self.message, self.number, self.folder = message, number, folder
 

@@ -333,7 +333,7 @@ class Ternary(_Fitted):
     The squared error of the scale exceeds that of the least-squares optimum by at most 5% of $|w|^2$, and on
     normal weights (64 or more per scale) by at most 3% of itself; quantized weights keep theirs. It is found
     in some thirty passes over the weights, without a sort. On the way from normal weights to their projection
-    the projection stays, as that of `Binary` does; with 3 or 4 bits it moves by at most a tenth of itself.
+    the projection stays, as that of `Binary` does.
 
     Args:
         axis: which weights share a scale, as in `Binary`.
@@ -376,7 +376,8 @@ class Uniform(_FewBits):
 
     These are the symmetric integers of low-bit arithmetic, 0 among them; 2 bits are `Ternary`. The squared
     error exceeds that of the least-squares optimum by at most 5% of $|w|^2$, and on normal weights (64 or
-    more per scale) by at most 20% of itself.
+    more per scale) by at most 20% of itself. On the way from normal weights to their projection it moves by
+    at most a tenth of itself.
 
     Args:
         bits: bits per weight, from 2 to 4.

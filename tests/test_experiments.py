@@ -188,6 +188,12 @@ def test_a_network_is_quantized_in_those_leaves_alone_that_are_to_be(network):
         np.testing.assert_array_equal(sizes, np.broadcast_to(sizes[0], sizes.shape))
 
 
+def test_a_kernel_of_zeros_is_quantized():
+    params = {"kernel": jnp.zeros((3, 2))}
+    _, leaves = evaluation.projection(params, {"*": stam_jax.Binary()})(params)
+    np.testing.assert_array_equal(leaves["kernel"], params["kernel"])
+
+
 def test_hard_weights_that_are_not_binary_are_refused(network):
     class Liar(stam_jax.Binary):
         def levels(self, scales: jax.Array) -> Any:
@@ -615,7 +621,7 @@ def test_the_report_tells_results_of_fewer_images_apart(kept):
 
 
 def test_the_command_writes_pages_in_place(kept, monkeypatch):
-    monkeypatch.setattr(pages.updated, "__defaults__", (kept,))
+    monkeypatch.setattr(pages, "RESULTS", kept)
     page = kept.parent / "page.md"
     page.write_text(_marked("headline"))
     assert main(["report", str(page)]) == 0

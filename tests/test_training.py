@@ -147,6 +147,17 @@ def test_an_interrupt_saves_the_state_and_prints_the_command_that_goes_on(tmp_pa
     assert [row["epoch"] for row in run_folder.read_csv(folder / "metrics.csv")] == [1, 2]
 
 
+def test_an_interrupt_that_does_not_wait_prints_the_command_too(tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "run", interrupted)
+    assert main(["train", *QUICK, "--output", str(tmp_path / "run")]) == 130
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2] == "interrupted. To go on:"
+    assert said[-1].split()[-3:] == ["--output", str(tmp_path / "run"), "--resume"]
+
+
 def test_a_run_without_a_checkpoint_says_that_it_starts_over(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Trainer, "run", run_without_training)
     arguments = ["train", *QUICK, "--output", str(tmp_path / "run"), "--resume"]

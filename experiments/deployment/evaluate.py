@@ -29,13 +29,9 @@ def evaluate(path: Path, dataset: DatasetName | None, reading: Reading, console:
     Raises:
         SettingsError: if there is no packed network, or it reads other images.
     """
-    files = [path]
-    if not path.is_file():
-        files = [
-            place / run_folder.PACKED
-            for place in run_folder.single_runs(path)
-            if (place / run_folder.PACKED).is_file()
-        ]
+    files = [path] if path.is_file() else sorted(path.rglob(run_folder.PACKED))
+    if not files and not path.is_dir():
+        raise SettingsError(f"{path} is neither a packed file nor the folder of a run.")
     if not files:
         raise SettingsError(
             f"{path} holds no {run_folder.PACKED}: its runs are of the float network, or did not finish, "

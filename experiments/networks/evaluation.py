@@ -101,13 +101,13 @@ def projection(
         # Of the numbers that are put out: their scales, fitted anew, leave nothing to move.
         again = jax.tree.leaves(stam_jax.quantize(network, quantizer))
         fitted = {row.path: leaf for row, leaf in zip(rows, again, strict=True)}
-        gap = lambda leaf, other: jnp.linalg.norm(leaf - other) / jnp.linalg.norm(leaf)
-        return network, leaves, {path: gap(leaf, fitted[path]) for path, leaf in leaves.items()}
+        stays = lambda leaf, other: jnp.linalg.norm(leaf - other) <= _ROUNDING * jnp.linalg.norm(leaf)
+        return network, leaves, {path: stays(leaf, fitted[path]) for path, leaf in leaves.items()}
 
     def checked(params: Any) -> tuple[Any, dict[str, jax.Array]]:
-        network, leaves, gaps = project(params)
-        for path, gap in jax.device_get(gaps).items():
-            if not gap < _ROUNDING:
+        network, leaves, stay = project(params)
+        for path, stays in jax.device_get(stay).items():
+            if not stays:
                 raise AssertionError(f"{path} is not quantized: {np.unique(np.asarray(leaves[path]))[:5]}...")
         return network, leaves
 

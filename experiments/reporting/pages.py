@@ -53,7 +53,7 @@ def between(text: str, begin: str, end: str, parts: Sequence[str]) -> str:
 
 def write(page: Path) -> None:
     """Write a page's parts anew, in place."""
-    page.write_text(updated(page.read_text(), page))
+    page.write_text(updated(page.read_text(), page, RESULTS))
 
 
 def _network(settings: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,17 +148,3 @@ class Recorder:
     def __exit__(self, *error: object) -> None:
         if self._board is not None:
             self._board.close()
-
-
-def single_runs(folder: Path) -> Iterable[Path]:
-    """The folders of single runs in, or at, a run's folder.
-
-    Raises:
-        SettingsError: if there is none.
-    """
-    found = sorted(path.parent for path in folder.glob(f"*/{METRICS}"))
-    if not found and (folder / METRICS).is_file():
-        found = [folder]
-    if not found:
-        raise SettingsError(f"{folder} is not the folder of a run: it holds no {METRICS}.")
-    return found

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -161,6 +162,8 @@ def run(
                         _run(job, current[1], progress, stop_requested)
                     except StoppedError as stopped:
                         raise StoppedError(stopped.message, stopped.number, folder) from stopped
+                    except KeyboardInterrupt as error:  # The second: nothing of this run is saved any more.
+                        raise StoppedError("interrupted", signal.SIGINT, folder) from error
                     except Exception as error:
                         if jax.process_count() > 1:
                             raise  # The others may be waiting for this process.

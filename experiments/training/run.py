@@ -375,7 +375,10 @@ class Trainer:
                         checkpoints.save(step, saved)
                     if stop and step < self.steps:
                         raise StoppedError(
-                            f"stopped in epoch {epoch + 1}, after {step} of {self.steps} steps", stop
+                            f"stopped in epoch {epoch + 1}, after {step} of {self.steps} steps; "
+                            "the state is saved",
+                            stop,
+                            folder,
                         )
         return Trained(state, seconds())
 

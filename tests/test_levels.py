@@ -46,9 +46,9 @@ every_fixed = pytest.mark.parametrize(("kind", "magnitudes"), FIXED.values(), id
 VALUES = st.floats(-1e3, 1e3, width=32, allow_subnormal=False).map(lambda x: x if abs(x) > 1e-3 else 0.0)
 COLUMN = (12, 1)
 
-# How far from the optimum a fit may be: shares of |w|^2, and on normal weights of the least error.
-EXCESS = {Ternary: 0.05, Uniform: 0.05, PowerOfTwo: 0.05, LeastSquares: 0.02}
-EXCESS_OF_NORMAL = {Ternary: 0.03, Uniform: 0.2, PowerOfTwo: 0.2}
+# How far from the optimum a fit may be, in shares of |w|^2: the power of 2^(1/8) next to the best scale is at
+# most 2^(1/16) from it, and moves the quantized weights, no longer than w, by so much.
+EXCESS = {**dict.fromkeys((Ternary, Uniform, PowerOfTwo), (2 ** (1 / 16) - 1) ** 2), LeastSquares: 0.02}
 
 DRAWS: dict[str, Any] = {
     "normal": lambda rng, size: rng.normal(size=size),
@@ -119,9 +119,6 @@ def test_a_fit_is_close_to_the_optimum_and_stays(quantizer, count):
     size = np.sum(w**2, axis=0)
     assert np.all(error >= optimal - 1e-9 * size)
     assert np.all(error <= optimal + EXCESS[type(quantizer)] * size)
-    if count >= 64 and type(quantizer) in EXCESS_OF_NORMAL:
-        share = 1 + EXCESS_OF_NORMAL[type(quantizer)]
-        assert np.all(error[:columns] <= share * optimal[:columns])
     np.testing.assert_allclose(projected(quantizer, y), y, rtol=1e-14)
 
 
@@ -175,22 +172,13 @@ def test_in_short_floats_too_what_is_quantized_stays(quantizer, dtype):
     )
 
 
-@widest_fits
-def test_on_the_way_to_the_projection_it_hardly_moves(quantizer):
-    w = normal(64, 8)
+@pytest.mark.usefixtures("x64")
+@every_fit
+def test_it_stays_all_the_way_to_the_projection(quantizer):
+    w = np.float64(normal(1024, 16)) if isinstance(quantizer, LeastSquares) else drawn(64, 40)
     y = np.asarray(projected(quantizer, w))
-    for t in (0.25, 0.5, 0.75):
-        there = projected(quantizer, np.float32((1 - t) * w + t * y))
-        assert np.all(np.linalg.norm(there - y, axis=0) <= 0.1 * np.linalg.norm(y, axis=0))
-
-
-@pytest.mark.parametrize("quantizer", [Ternary(), LeastSquares()], ids=name)
-def test_with_two_bits_it_stays_all_the_way_to_the_projection(quantizer):
-    w = normal(1024, 16)
-    y = np.asarray(projected(quantizer, w))
-    for t in (0.1, 0.5, 0.9, 0.99):
-        there = projected(quantizer, np.float32((1 - t) * w + t * y))
-        np.testing.assert_allclose(there, y, rtol=1e-5)
+    for t in (0.01, 0.1, 0.5, 0.9, 0.99):
+        np.testing.assert_allclose(projected(quantizer, (1 - t) * w + t * y), y, rtol=1e-12)
 
 
 def test_more_bits_come_closer():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import stam_jax
@@ -372,23 +372,15 @@ def test_the_iteration_can_be_told_in_x_alone(kappa, project):
     assert flips > 0 or kappa < 0.9
 
 
-# Quantizers whose projection is the nearest point of their set, but for rounding; and those whose squared
-# distance may exceed the least one by a share of |w|^2.
+# Quantizers whose projection is a nearest point of their set, but for rounding.
 EXACT = {
     "binary per channel": Binary(),
     "binary per tensor": Binary(axis=()),
     "binary per group": Binary(group=2),
     "signs": Binary(scale=1.0),
-    "ternary without scale": Ternary(scale=1.0),
-    "uniform without scale": Uniform(bits=3, scale=2.0),
+    "ternary": Ternary(),
+    "uniform of 4 bits per tensor": Uniform(bits=4, axis=()),
     "power of two without scale": PowerOfTwo(bits=3, scale=2.0),
-}
-NEARLY = {
-    "ternary": (Ternary(), 0.01),
-    "uniform": (Uniform(bits=3), 0.01),
-    "uniform of 4 bits per tensor": (Uniform(bits=4, axis=()), 0.01),
-    "power of two per tensor": (PowerOfTwo(bits=3, axis=()), 0.01),
-    "least squares": (LeastSquares(), 0.02),
 }
 weights_of_a_kernel = st.lists(st.floats(-4, 4, width=16), min_size=8, max_size=8)
 
@@ -423,40 +415,22 @@ def test_a_point_on_the_way_to_the_projection_has_the_same_projection(dtype):
     check()
 
 
-def test_where_scales_are_searched_for_it_is_as_near_as_the_search_is_good():
-    steps = blended({name: quantizer for name, (quantizer, _) in NEARLY.items()}, "float32")
+def test_where_two_magnitudes_are_searched_for_it_is_as_near_as_the_search_is_good():
+    steps = blended({"least squares": LeastSquares()}, "float32")
     distance = lambda x, y: float(np.sum((np.float64(x) - np.float64(y)) ** 2))
-
-    def check(w, theta):
-        for name, (x, again, y) in steps(w, theta):
-            share = NEARLY[name][1]
-            assert distance(x, again) <= distance(x, y) + share * distance(x, 0) + 1e-6, name
-        # Once hard there is nothing left to search for.
-        for name, (hard, again, y) in steps(w, 1.0):
-            np.testing.assert_allclose(hard, y, rtol=1e-6, err_msg=name)
-            np.testing.assert_allclose(again, y, rtol=1e-5, err_msg=name)
-
-    @settings(max_examples=30)
-    @given(weights=weights_of_a_kernel, theta=st.floats(0.02, 1.0))
-    def check_any(weights, theta):
-        # Copies of the columns, and of every weight in them, have the scales of one.
-        check(np.tile(np.reshape(weights, (4, 2)), (64, 8)), theta)
-
-    check_any()
-    # Among many normal weights the two differ little.
-    w = np.random.default_rng(0).normal(size=(256, 16))
-    for theta in (0.1, 0.5, 0.9):
-        check(w, theta)
-        for name, (_, again, y) in steps(w, theta):
-            assert distance(again, y) < 0.03**2 * distance(w, 0), name
-            assert np.all(np.asarray(again) * np.asarray(y) >= 0), name
+    w = np.random.default_rng(0).standard_cauchy(size=(64, 16))
+    for theta in (0.1, 0.5, 0.9, 1.0):
+        ((_, (x, again, y)),) = steps(w, theta)
+        assert distance(x, again) <= distance(x, y) + 0.02 * distance(x, 0)
+    # Once hard there is nothing left to search for.
+    np.testing.assert_allclose(x, y, rtol=1e-6)
+    np.testing.assert_allclose(again, y, rtol=1e-5)
 
 
 def test_every_kind_of_quantizer_is_among_them():
     kinds = [getattr(stam_jax, name) for name in stam_jax.__all__]
     of_quantizers = {kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Shared)}
-    tried = [*EXACT.values(), *(quantizer for quantizer, _ in NEARLY.values())]
-    assert {type(quantizer) for quantizer in tried} == of_quantizers
+    assert {*map(type, EXACT.values()), LeastSquares} == of_quantizers
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -34,7 +34,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
             "PATH": "/usr/bin:/bin",
             "JAX_PLATFORMS": "cpu",
             "HOME": str(folder),
-            **{name: value for name, value in os.environ.items() if name.startswith("JAX_")},
+            **{name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_"))},
         },
         capture_output=True,
         text=True,

@@ -212,8 +212,7 @@ def check_the_rest() -> None:
     check_shards(("straight_through", "admm_quant", "bop"))
 
 
-@pytest.mark.parametrize(
-    "checks", [check_representatives, pytest.param(check_the_rest, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("checks", [check_representatives, check_the_rest])
 def test_on_eight_devices(checks):
     in_eight(checks.__name__)

@@ -49,7 +49,7 @@ TRIALS = [
     "method=stam decay_from=0.5",
     "method=stam_proximal penalty=0.1-10",
 ]
-# Two trials, of the settings that other tests have: what they have compiled serves here.
+# Two trials.
 SHORT = STUDY[: STUDY.index("[settings.overrides")] + '[[trials]]\nmethod = ["float", "stam"]\n'
 
 
@@ -63,7 +63,7 @@ def asked(tmp_path) -> Path:
 def place(tmp_path_factory) -> Path:
     """The folder of a study that has been carried out."""
     folder = tmp_path_factory.mktemp("study")
-    (folder / "asked.toml").write_text(SHORT)
+    (folder / "asked.toml").write_text(SHORT.replace('["float", "stam"]', '"stam"'))
     with pytest.MonkeyPatch.context() as patch:
 
         def judge(self, *arguments):
@@ -89,9 +89,7 @@ def test_a_trial_stands_for_all_combinations_of_its_values(asked):
 def test_a_study_keeps_what_the_validation_images_say_of_each_trial_and_seed(place):
     kept = results.read(place / "kept")
     assert kept.config["question"] == "Which learning rate?"
-    assert [(row["trial"], row["seed"]) for row in kept.rows] == [
-        (trial, seed) for trial in TRIALS[:2] for seed in (0, 1)
-    ]
+    assert [(row["trial"], row["seed"]) for row in kept.rows] == [(TRIALS[1], seed) for seed in (0, 1)]
     for row in kept.rows:
         folder = study.place_of(place / "kept", row["trial"], row["seed"])
         last = run_folder.read_csv(folder / run_folder.METRICS)[-1]
@@ -104,7 +102,7 @@ def test_going_on_trains_nothing_twice_and_prints_the_table(place, monkeypatch, 
     monkeypatch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("trained again"))
     assert main(["study", str(place / "asked.toml"), "--output", str(place / "kept")]) == 0
     printed = capsys.readouterr().out
-    for words in ("Which learning rate?", *TRIALS[:2]):
+    for words in ("Which learning rate?", TRIALS[1]):
         assert words in printed
 
 

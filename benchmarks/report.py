@@ -86,7 +86,7 @@ PARTS = (
     ),
     Part(_DOCS / "theory.md", "theorems", theorems.RESULTS, theorems.table),
     Part(_DOCS / "theory.md", "optimum", optimum.RESULTS, optimum.table),
-    Part(_DOCS / "results.md", "flips", flips.RESULTS, flips.table),
+    Part(_DOCS / "benchmarks.md", "flips", flips.RESULTS, flips.table),
 )
 
 

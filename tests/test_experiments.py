@@ -544,6 +544,7 @@ def _marked(name: str) -> str:
 def kept(tmp_path, monkeypatch) -> Path:
     """A folder of a comparison and of a study."""
     monkeypatch.setattr(pages, "ROOT", tmp_path)
+    monkeypatch.setattr(pages, "_COMPARISONS", ("one",))
     common = {
         "method": "stam",
         "relaxed_accuracy": 0.9,
@@ -561,7 +562,7 @@ def kept(tmp_path, monkeypatch) -> Path:
         ("one", SETTINGS, {}),
         (
             "two",
-            {"question": "Which?", "seeds": 2, "trials": ["epochs=3", "epochs=4"], "settings": SETTINGS},
+            {"question": "Which?", "seeds": 2, "trials": ["epochs=3"], "settings": SETTINGS},
             {"trial": "epochs=3"},
         ),
     ):
@@ -577,20 +578,20 @@ def kept(tmp_path, monkeypatch) -> Path:
         (
             "headline",
             [
-                "| method | vgg11 on cifar10,<br>all kernels but head binary, 3 epochs |",
-                "| stam | 85.00 ± 7.07 (2) |",
+                "| method | vgg11 on cifar10,<br>3 epochs |",
+                "| float | - |",
+                "| parq | - |",
+                "| stam | **85.00 ± 7.07 (2)** |",
             ],
         ),
         (
             "comparisons",
             [
                 "### vgg11 on cifar10, all kernels but head binary",
-                "| stam (2) | 85.00 ± 7.07 | 90.00 ± 0.00 | 70.00 ± 0.00 | - | 50.0% | 1,000 | 100 |",
+                "3 epochs, batches of 64, float32; 2 CPU cores, jax 0.10; "
+                "`python -m experiments compare --config results/one/config.json`",
+                "| stam (2) | 85.00 ± 7.07 | 70.00 ± 0.00 | 50.0% | 1,000 | 100 |",
             ],
-        ),
-        (
-            "studies",
-            ["### Which?", "| epochs=3 | 85.00 ± 7.07 | 90.00 ± 0.00 | 2 |", "| epochs=4 | - | - | 0 |"],
         ),
     ],
 )
@@ -601,6 +602,16 @@ def test_the_report_says_mean_and_deviation_of_the_kept_runs(kept, name, lines):
     assert "old" not in text
     assert text.startswith("before\n")
     assert text.endswith("\nafter")
+
+
+def test_the_report_says_of_float_the_accuracies_of_the_float_network(kept):
+    found = results.read(kept / "one")
+    binary = {"hard_accuracy": None, "hard_accuracy_running_statistics": None, "bytes_packed": None}
+    trained = {"method": "float", "relaxed_accuracy_running_statistics": 0.8, "binary_share": 0.0}
+    rows = [found.rows[0] | binary | trained, *found.rows]
+    results.write(kept / "one", found._replace(rows=rows))
+    lines = pages.updated(_marked("comparisons"), kept.parent / "page.md", kept).splitlines()
+    assert "| float (1) | 90.00 | 80.00 | 0.0% | 1,000 | - |" in lines
 
 
 def test_the_report_sets_the_same_network_in_the_same_scope_beside_what_is_published(kept):
@@ -625,7 +636,7 @@ def test_the_command_writes_pages_in_place(kept, monkeypatch):
     page = kept.parent / "page.md"
     page.write_text(_marked("headline"))
     assert main(["report", str(page)]) == 0
-    assert "| stam | 85.00 ± 7.07 (2) |" in page.read_text()
+    assert "| stam | **85.00 ± 7.07 (2)** |" in page.read_text()
 
 
 def test_a_page_without_marks_is_refused(kept):

@@ -20,7 +20,7 @@ def test_the_example_trains_a_binary_network():
 @pytest.mark.parametrize("block", BLOCKS[1:], ids=lambda block: block.splitlines()[0])
 def test_the_other_examples_run(block, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # Some write files.
-    exec("import optax\nfrom stam_jax import stam\n" + block, {})
+    exec(block, {})
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)

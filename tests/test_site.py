@@ -99,21 +99,17 @@ def test_what_is_put_together_has_an_example(path):
     assert "\nExample:\n    >>> " in (inspect.getdoc(PUBLIC[path]) or "")
 
 
-@pytest.mark.parametrize("page", ["quickstart.md", "concepts.md"])
+@pytest.mark.parametrize("page", ["quickstart", "methods", "quantized", "training", "howto", "deploy"])
 def test_the_examples_run_one_after_the_other(page, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)  # One writes a file.
-    text, names = (DOCS / page).read_text(), {}
+    monkeypatch.chdir(tmp_path)  # Some write files.
+    text, names = (DOCS / f"{page}.md").read_text(), {}
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         exec(block, names)
-    printed, tables = (
-        capsys.readouterr().out,
-        re.findall(r"```text\n(path +shape.*?)```", text, flags=re.DOTALL),
-    )
-    assert tables
-    for table in tables:
+    printed = capsys.readouterr().out
+    for table in re.findall(r"```text\n(path +shape.*?)```", text, flags=re.DOTALL):
         assert table in printed
-    if page == "quickstart.md":
-        assert names["accuracy"] > 0.9
+    # What the guides claim of digits: accuracies, in per cent, of networks that learn them.
+    assert all(float(accuracy) > 75 for accuracy in re.findall(r"([\d.]+)%", printed))
 
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]

@@ -1,19 +1,23 @@
 """The parts of the README and of the page of results that are written from the kept results."""
 
 import os
+import statistics
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.config import METHODS, SettingsError
+from experiments.config import SettingsError
 from experiments.reporting import results as kept
 from experiments.reporting.run_folder import CONFIG, CURVES
-from experiments.reporting.tables import cells, headline, percent
+from experiments.reporting.tables import cells, headline
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "experiments" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+# What the headline compares.
+_COMPARISONS = ("cifar10-resnet8", "cifar10-vgg16", "cifar10-vgg16-full-width")
+_BINARY = ("binary_connect", "parq", "md_tanh", "stam")
 PUBLISHED = ROOT / "experiments" / "published.toml"
 
 
@@ -71,22 +75,29 @@ def _scope(settings: Mapping[str, Any]) -> str:
 
 
 def _headline(results: Path, page: Path) -> Iterator[list[str]]:
-    """A row per method and a column per comparison."""
-    columns = []
-    for folder in kept.folders(results, studies=False):
-        found = kept.read(folder)
-        settings = found.config
-        title = f"{_network(settings)},<br>{_scope(settings)}, {settings['epochs']} epochs"
-        columns.append((title, found.by("method")))
+    """A row per method of the headline and a column per comparison of it, the best binary network in bold."""
+    found = [kept.read(results / name) for name in _COMPARISONS]
+    groups = [each.by("method") for each in found]
+    best = [max(_BINARY, key=lambda method: _accuracy(each.get(method, ()))) for each in groups]
+    titles = (f"{_network(each.config)},<br>{each.config['epochs']} epochs" for each in found)
+
+    def cell(method: str, column: int) -> str:
+        said = headline(groups[column].get(method, ()))
+        return f"**{said}**" if method == best[column] else said
+
     yield [
-        f"| method | {' | '.join(title for title, _ in columns)} |",
-        f"|---|{'--:|' * len(columns)}",
+        f"| method | {' | '.join(titles)} |",
+        f"|---|{'--:|' * len(found)}",
         *(
-            f"| {method} | {' | '.join(headline(groups.get(method, ())) for _, groups in columns)} |"
-            for method in METHODS
-            if any(method in groups for _, groups in columns)
+            f"| {method} | {' | '.join(cell(method, column) for column in range(len(found)))} |"
+            for method in ("float", *_BINARY)
         ),
     ]
+
+
+def _accuracy(group: Sequence[Mapping[str, Any]]) -> float:
+    """The mean accuracy of the binary networks of a method, -1 if there are none."""
+    return statistics.mean(row["hard_accuracy"] for row in group) if group else -1.0
 
 
 def _tables(results: Path, page: Path) -> Iterator[list[str]]:
@@ -99,48 +110,27 @@ def _tables(results: Path, page: Path) -> Iterator[list[str]]:
         yield [f"### {_network(settings)}, {_scope(settings)}"]
         yield [
             f"{settings['epochs']} epochs, batches of {settings['batch_size']}, {settings['precision']}; "
-            "accuracy in % on the test images, after the last epoch; mean and standard deviation over the "
-            f"seeds (their number in brackets), on one split; {'; '.join(made_with)}. "
-            f"`python -m experiments compare --config {place}/{CONFIG}`:"
+            f"{'; '.join(made_with)}; `python -m experiments compare --config {place}/{CONFIG}`"
         ]
         yield [
-            "| method | hard (binary) | relaxed (as trained) | hard, running statistics "
-            "| relaxed, running statistics | binary weights | bytes, float | bytes, packed |",
-            "|---|--:|--:|--:|--:|--:|--:|--:|",
-            *(
-                f"| {' | '.join(cells(f'{method} ({len(group)})', group))} |"
-                for method, group in found.by("method").items()
-            ),
+            "| method | binary | running statistics | binary weights | bytes, float | bytes, packed |",
+            "|---|--:|--:|--:|--:|--:|",
+            *(_row(method, group) for method, group in found.by("method").items()),
         ]
         if (folder / CURVES).is_file():
             yield [f"![Accuracy, gap and sign flips over the epochs]({_link(folder / CURVES, page)})"]
 
 
+def _row(method: str, group: Sequence[Mapping[str, Any]]) -> str:
+    """A method's row of a comparison; the accuracies of `float` are those of the float network."""
+    name, hard, relaxed, hard_running, relaxed_running, *sizes = cells(f"{method} ({len(group)})", group)
+    accuracies = (relaxed, relaxed_running) if group[0]["hard_accuracy"] is None else (hard, hard_running)
+    return f"| {' | '.join((name, *accuracies, *sizes))} |"
+
+
 def _link(target: Path, page: Path) -> str:
     """Where a file is, seen from a page."""
     return Path(os.path.relpath(target, page.absolute().parent)).as_posix()
-
-
-def _studies(results: Path, page: Path) -> Iterator[list[str]]:
-    """Each study: its question and what every trial came to."""
-    for folder in kept.folders(results, studies=True):
-        found = kept.read(folder)
-        asked, settings = found.config, found.config["settings"]
-        yield [f"### {asked['question']}"]
-        yield [
-            f"{_network(settings)}, {_scope(settings)}, {settings['epochs']} epochs, unless a trial says "
-            "otherwise; accuracy in % on the validation images, after the last epoch; mean and standard "
-            "deviation over the seeds."
-        ]
-        yield [
-            "| trial | hard (binary) | relaxed (as trained) | seeds |",
-            "|---|--:|--:|--:|",
-            *(
-                f"| {name} | {percent(rows, 'hard_accuracy')} | {percent(rows, 'relaxed_accuracy')} "
-                f"| {len(rows)} |"
-                for name, rows in found.by("trial", asked["trials"]).items()
-            ),
-        ]
 
 
 def _published(results: Path, page: Path) -> Iterator[list[str]]:
@@ -173,6 +163,5 @@ def _published(results: Path, page: Path) -> Iterator[list[str]]:
 _PARTS: Mapping[str, Callable[[Path, Path], Iterator[list[str]]]] = {
     "headline": _headline,
     "comparisons": _tables,
-    "studies": _studies,
     "published": _published,
 }

@@ -116,9 +116,12 @@ def stam_proximal(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Proximal STAM, the form of the theorem: a complete optimizer, without a copy of the weights.
 
-    It minimizes $f(x) + g(y) + h(z) + (\rho/2)|x-y|^2 + (\tau/2)|x-z|^2$, where f is the loss, g the
-    indicator of the quantized set and h a regularizer: y and z exactly, x by a proximal step along the
-    stochastic gradient d,
+    It minimizes
+
+    $$f(x) + g(y) + h(z) + (\rho/2)|x-y|^2 + (\tau/2)|x-z|^2,$$
+
+    where f is the loss, g the indicator of the quantized set and h a regularizer: y and z exactly, x by a
+    proximal step along the stochastic gradient d,
 
     $$y = P_Q(x), \qquad z = \mathrm{prox}_{h/\tau}(x), \qquad
       x \leftarrow \frac{x - \eta d + \eta\rho y + \eta\tau z}{1 + \eta(\rho + \tau)}.$$

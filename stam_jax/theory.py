@@ -38,8 +38,8 @@ def bound(
 ) -> float:
     r"""What the theorem allows the squared residual to be on average over a run.
 
-    $2 \Delta / (\hat\eta K) + (L + (1 - \kappa)\rho + \tau)\,\hat\eta\,\sigma^2 + L\eta^2\sigma_f^2/\hat\eta$
-    with $\hat\eta = \eta / (1 + \eta (\rho + \tau))$.
+    $$\frac{2 \Delta}{\hat\eta K} + (L + (1 - \kappa)\rho + \tau)\,\hat\eta\,\sigma^2
+      + \frac{L\eta^2\sigma_f^2}{\hat\eta}, \qquad \hat\eta = \frac{\eta}{1 + \eta (\rho + \tau)}.$$
 
     Args:
         learning_rate: the step $\eta$ of `stam_proximal`, at most 1 / `smoothness`.

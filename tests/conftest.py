@@ -1,10 +1,13 @@
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import jax
 import pytest
+
+from tests import helpers
 
 # The same examples in every run. A fixture here sets a global switch, the same for each example.
 hypothesis.settings.register_profile(
@@ -28,15 +31,20 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[CACHE] = str(cache.mkdir("jax")) if cache else tempfile.mkdtemp()
     # By default only what took a second is kept; here hundreds of small functions add up.
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    if config.getoption("markexpr") == "not slow":
-        # Most of the time would go into making thousands of small programs fast. The slow tests compile as
-        # users do.
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-        jax.config.update("jax_disable_most_optimizations", True)
-        # XLA's older way to compile on a CPU takes two thirds of the time.
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+    # Most of the time would go into making thousands of small programs fast.
+    os.environ |= helpers.QUICK_COMPILATION
+    jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+# The files whose tests take the longest begin, so that no worker is left with one of them at the end.
+LONGEST = ("test_results", "test_processes", "test_notebooks", "test_benchmarks", "test_cli", "test_training")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(Path(item.path).stem, len(rank)))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What several test modules share: the problem of `reference` in JAX, and a plain training loop."""
 
 import functools
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,19 @@ import optax
 import pytest
 
 from tests import reference
+
+# Surroundings in which programs are compiled in a third of the time, and run more slowly: most optimizations are
+# left out, and XLA's older emitters for CPUs are quicker.
+QUICK_COMPILATION = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+}
+
+
+def surroundings_of_users() -> dict[str, str]:
+    """The environment variables without those: for processes that train in full."""
+    return {name: value for name, value in os.environ.items() if name not in QUICK_COMPILATION}
+
 
 # For what runs once: compiled without optimization, which takes half the time.
 quick_jit: Any = functools.partial(

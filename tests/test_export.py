@@ -145,7 +145,7 @@ def bytes_of_codes(path: Path) -> int:
 
 def environment() -> dict[str, str]:
     """An environment in which nothing of this project is to be found."""
-    jax_options = {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
+    jax_options = {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_"))}
     return {"PATH": "/usr/bin:/bin", **jax_options, "JAX_PLATFORMS": "cpu"}
 
 

@@ -246,7 +246,7 @@ def binary_relax(
     growth: float = 1.04,
     quantizer: Quantizers = Binary(axis=()),
 ) -> optax.GradientTransformationExtraArgs:
-    r"""BinaryRelax: the weights are drawn towards the quantized ones ever more strongly, then set to them.
+    r"""BinaryRelax: the weights are drawn toward the quantized ones ever more strongly, then set to them.
 
     $$w = v + u, \qquad x = \frac{w + \lambda_k P_Q(w)}{1 + \lambda_k}, \qquad v \leftarrow w,$$
 

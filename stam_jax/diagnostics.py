@@ -106,8 +106,8 @@ class Terms(NamedTuple):
     Args:
         total: of all three together.
         loss: of f, at the relaxed weights x.
-        quantized: of the pull towards the quantized weights y.
-        constrained: of the regularizer, and of the pull towards its weights z.
+        quantized: of the pull toward the quantized weights y.
+        constrained: of the regularizer, and of the pull toward its weights z.
     """
 
     total: jax.Array
@@ -512,7 +512,7 @@ def record(
 
     Args:
         optimizer: `stam` or one of its relatives around an optimizer, or a chain that ends in one.
-        penalty: the pull towards the quantized weights, as in `diagnostics.residual`; it and
+        penalty: the pull toward the quantized weights, as in `diagnostics.residual`; it and
             `regularizer_penalty` may be schedules, read at the step count of this transform.
         regularizer: h, as in `diagnostics.residual`.
         regularizer_penalty: as in `diagnostics.residual`.

@@ -105,7 +105,7 @@ def _widened(v: jax.Array) -> jax.Array:
 
 
 def soft_threshold(v: jax.Array, threshold: jax.typing.ArrayLike) -> jax.Array:
-    """The prox of threshold * |u|_1: each entry moved towards 0 by the threshold, and no further."""
+    """The prox of threshold * |u|_1: each entry moved toward 0 by the threshold, and no further."""
     return jnp.sign(v) * jnp.maximum(jnp.abs(v) - threshold, 0)
 
 
@@ -132,7 +132,7 @@ class L1:
         _numbers.check("L1", "strength", self.strength, finite=True, schedule=False)
 
     def prox(self, v: jax.Array, step: jax.typing.ArrayLike) -> jax.Array:
-        """The point moved towards 0 by step * strength, entry by entry."""
+        """The point moved toward 0 by step * strength, entry by entry."""
         return soft_threshold(v, step * self.strength).astype(v.dtype)
 
     def value(self, z: jax.Array) -> jax.Array:

@@ -184,7 +184,7 @@ def estimate_smoothness(
     r"""The largest |eigenvalue| of a loss's Hessian at a point, by power iteration.
 
     $u \leftarrow H u / |H u|$ from a random start, with Hessian-vector products: about two gradients each,
-    and no Hessian in memory. The result rises towards the eigenvalue. It says how smooth the loss is *at this
+    and no Hessian in memory. The result rises toward the eigenvalue. It says how smooth the loss is *at this
     point*: L of the theorem is the largest such number over all points that a run visits, so take the largest
     of several, and know it for an estimate from below.
 

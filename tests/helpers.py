@@ -13,8 +13,8 @@ import pytest
 
 from tests import reference
 
-# Surroundings in which programs are compiled in a third of the time, and run more slowly: most optimizations are
-# left out, and XLA's older emitters for CPUs are quicker.
+# Surroundings in which programs are compiled in a third of the time, and run more slowly: most optimizations
+# are left out, and XLA's older emitters for CPUs are quicker.
 QUICK_COMPILATION = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",

@@ -150,7 +150,7 @@ def binary_relax(
 
 
 def prox_quant(eta: Number, *, threshold: Number, hard_from: int, clip: float = 1.0) -> Advance:
-    """A gradient step, clipped, then each weight moved towards the nearest of -1 and +1 by a threshold."""
+    """A gradient step, clipped, then each weight moved toward the nearest of -1 and +1 by a threshold."""
 
     def advance(x: Array, d: Array, k: int) -> tuple[Array, Array]:
         w = np.minimum(np.maximum(x - at(eta, k) * d, -clip), clip)

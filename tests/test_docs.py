@@ -56,7 +56,7 @@ def test_every_method_has_a_row_and_a_section():
     }
     assert set(METHOD_ROWS) == methods - {"three_block_splitting"}
     for method in METHOD_ROWS:
-        assert f"\n## `{method}`\n" in PAGE
+        assert f"\n## {method}\n" in PAGE
 
 
 def test_every_quantizer_has_a_row_that_says_its_bits():

@@ -179,7 +179,7 @@ def test_the_network_in_use_is_projected_and_not_the_latent_weights():
     )
     params = {"kernel": jnp.array([[1.0, 1.0]])}
     state = optimizer.init(params)
-    # w = (2, -4), but x leans towards the projection of (1, 1).
+    # w = (2, -4), but x leans toward the projection of (1, 1).
     step = quick_jit(partial(helpers.take_step, optimizer))
     params, state = step({"kernel": jnp.array([[-1.0, 5.0]])}, state, params)
     np.testing.assert_array_equal(params["kernel"], [[1.5, -1.5]])

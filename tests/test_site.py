@@ -11,10 +11,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 import stam_jax
 from benchmarks import report
+from tests import helpers
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -99,7 +101,9 @@ def test_what_is_put_together_has_an_example(path):
     assert "\nExample:\n    >>> " in (inspect.getdoc(PUBLIC[path]) or "")
 
 
-@pytest.mark.parametrize("page", ["quickstart", "methods", "quantized", "training", "howto", "deploy"])
+@pytest.mark.parametrize(
+    "page", ["quickstart", "methods", "quantized", "deploy", *helpers.slow(["training", "howto"])]
+)
 def test_the_examples_run_one_after_the_other(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # Some write files.
     text, names = (DOCS / f"{page}.md").read_text(), {}
@@ -108,6 +112,10 @@ def test_the_examples_run_one_after_the_other(page, tmp_path, monkeypatch, capsy
     printed = capsys.readouterr().out
     for table in re.findall(r"```text\n(path +shape.*?)```", text, flags=re.DOTALL):
         assert table in printed
+    if page == "howto":  # Statistics of batch normalization are means over all batches.
+        layer, norm, _ = names["model"].layers
+        features = np.asarray(names["images"][:1300] @ layer.kernel[...] + layer.bias[...])
+        np.testing.assert_allclose(norm.mean[...], features.mean(axis=0), rtol=1e-4, atol=1e-5)
     # What the guides claim of digits: accuracies, in per cent, of networks that learn them.
     assert all(float(accuracy) > 75 for accuracy in re.findall(r"([\d.]+)%", printed))
 

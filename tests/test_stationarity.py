@@ -61,7 +61,7 @@ def shortened(v, by):
 
 
 def numpy_terms(kernel, regularizer, tau):
-    """The pulls towards y and z, and the terms of Phi beyond the loss; the kernel is its own v."""
+    """The pulls toward y and z, and the terms of Phi beyond the loss; the kernel is its own v."""
     _, h, prox = REGULARIZERS[regularizer]
     y = reference.project(kernel)
     z = prox(kernel, 1 / tau)

@@ -17,7 +17,7 @@ RESULTS = ROOT / "experiments" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 # What the headline compares.
 _COMPARISONS = ("cifar10-resnet8", "cifar10-vgg16", "cifar10-vgg16-full-width")
-_BINARY = ("binary_connect", "parq", "md_tanh", "stam")
+_BINARY = ("binary_connect", "parq", "md_tanh", "linear_blend", "stam")
 PUBLISHED = ROOT / "experiments" / "published.toml"
 
 

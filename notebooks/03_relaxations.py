@@ -9,25 +9,32 @@
 # ---
 
 # %% [markdown]
-# # The relaxations: from full precision to binary
+# # The relaxations, from full precision to binary
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/stam-jax/stam_jax/blob/main/notebooks/03_relaxations.ipynb)
+# During training the network runs on relaxed weights $x$. They lie between the latent weights $w$, which
+# the optimizer moves, and their projection $y = P_Q(w)$ onto the quantized weights, and they end at $y$. A
+# relaxation is the map from $w$ to $x$.
 #
-# The network does not run on the latent weights $w$ that the optimizer moves, nor, until the end, on their
-# projection $y = P_Q(w)$, but on relaxed weights $x$ between the two. You will see the maps that lead from
-# $w$ to $x$, for binary and ternary weights; what each does to the weights of a layer in the course of a
-# training; how many weights have settled, and how many signs flip, over the epochs; and what comes of it.
+# This notebook draws all relaxations of the library, for binary and ternary weights. It then trains a
+# network with each, and shows what happens to the weights of a layer, how many weights settle and how many
+# signs flip in each epoch, and which accuracies come out.
 
 # %%
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
-if importlib.util.find_spec("stam_jax") is None:
+if not any(importlib.metadata.distributions(name="stam-jax")):
+    folders = [Path.cwd(), *Path.cwd().parents]
+    clones = [path for path in folders if (path / "pyproject.toml").exists() and (path / "stam_jax").exists()]
+    if not clones:
+        raise RuntimeError("Clone or upload the repository first, and open this notebook inside it.")
     # Where JAX came with a plugin for an accelerator, a newer JAX needs the plugin that goes with it.
     plugins = {"jax_cuda12_plugin": "cuda12", "jax_cuda13_plugin": "cuda13", "libtpu": "tpu"}
     found = [f"jax[{extra}]" for module, extra in plugins.items() if importlib.util.find_spec(module)]
-    package = "stam-jax[experiments] @ git+https://github.com/stam-jax/stam_jax"
+    package = f"{clones[0]}[experiments]"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", package, *found], check=True)
 
 # %%
@@ -62,8 +69,8 @@ print(f"{len(jax.devices())} x {jax.devices()[0].device_kind}")
 # %% [markdown]
 # ## The maps
 #
-# A relaxation is an object whose `at(count)` is the map of that step; its numbers are schedules of the step
-# count. For binary weights with scale $\alpha$:
+# A relaxation is an object whose `at(count)` returns the map of that step. Its parameters are schedules of
+# the step count. For binary weights with scale $\alpha$:
 #
 # | relaxation | $x$ | from full precision to hard |
 # |---|---|---|
@@ -74,13 +81,13 @@ print(f"{len(jax.devices())} x {jax.devices()[0].device_kind}")
 # | `ScaledTanh` | $\alpha \tanh(\beta w / \alpha)$ | $\beta$ from 1 or so to $\infty$ |
 # | `Hard` | $y$ | hard throughout |
 #
-# The function below gives each of them a schedule that is hard from a step on; `HardFrom` sees to that
-# where the schedule alone would not.
+# The function below gives each of them a schedule that ends hard, which means $x = y$. `HardFrom` makes a
+# relaxation hard from a step on where its schedule alone would not.
 
 
 # %%
 def relaxations(hard_from, scale):
-    """Every relaxation, hard from a step on; `scale` is what the weights measure, for the one that asks."""
+    """Every relaxation, hard from a step on; `scale` is the size of the weights."""
     growth = functools.partial(schedules.geometric, growth=100 ** (1 / hard_from))
     threshold = optax.linear_schedule(0.0, scale, transition_steps=hard_from)
     return {
@@ -124,17 +131,19 @@ figure.legend(lines, names, title="share of the anneal that is done", loc="outsi
 plt.show()
 
 # %% [markdown]
-# Grey lines are the levels, $\alpha = 1$. The first three move a weight towards its own level, and jump
-# where the level changes; the first two move all weights by the same share, the third by the same distance,
-# so that those close to a level are on it first. The next two pass from level to level without a jump, and
-# bend the weights beyond the outermost level back to it; a tanh is at no time the identity. All end as the
-# last.
+# Gray lines are the levels, with $\alpha = 1$.
+#
+# * The first three maps move each weight towards its own level and jump where the level changes. Squared
+#   distance and linear blend move all weights by the same share of their distance. The l1 distance moves
+#   them by the same distance, so the weights close to a level reach it first.
+# * The piecewise affine map and the tanh have no jumps, and they bring weights beyond the outermost level
+#   back to it. The tanh is never the identity.
 #
 # ## Training with each
 #
-# A network of two hidden layers learns digits with each relaxation, all else equal: inertia 1, momentum,
-# one scale per output channel, hard from three quarters of the run on. Three seeds each run at once, as a
-# batch.
+# A network with two hidden layers learns digits with each relaxation. Everything else is equal: inertia 1,
+# SGD with momentum, one scale per output channel, and hard from three quarters of the run on. Three seeds
+# run at once, as a batch.
 
 # %%
 digits = load_digits()
@@ -164,17 +173,17 @@ def loss(params, x, y):
 
 
 def accuracy(params):
-    """The share of test images that are read rightly."""
+    """The share of test images that are read correctly."""
     return (nnx.merge(graph, params)(test_x).argmax(-1) == test_y).mean()
 
 
 def kernels(params):
-    """What is quantized."""
+    """The weights that are quantized."""
     return [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
 
 
 def train(params, key, relaxation, inertia=1.0):
-    """A run: for each epoch its accuracies, flips, share of settled weights, and one layer's weights."""
+    """One run: accuracies, flips, settled weights, and the weights of a layer, for each epoch."""
     sgd = optax.sgd(optax.cosine_decay_schedule(0.1, EPOCHS * steps_per_epoch), momentum=0.9)
     optimizer = three_block_splitting(sgd, quantizer=Binary(), relaxation=relaxation, inertia=inertia)
 
@@ -190,7 +199,7 @@ def train(params, key, relaxation, inertia=1.0):
         order = jax.random.permutation(key, len(train_x))[: steps_per_epoch * BATCH]
         (params, state), _ = jax.lax.scan(step, carry, order.reshape(steps_per_epoch, BATCH))
         hard = quantize(params)
-        # In units of the scales of the latent weights, as the map had them: the levels are -1 and 1.
+        # In units of the scales of the latent weights, where the levels are -1 and 1.
         levels = quantize(params if state.latent is None else state.latent)
         x = [x / jnp.abs(y) for x, y in zip(kernels(params), kernels(levels), strict=True)]
         settled = [jnp.abs(jnp.abs(x) - 1) <= 0.01 for x in x]
@@ -206,7 +215,7 @@ def train(params, key, relaxation, inertia=1.0):
 
 
 def runs(relaxation, inertia=1.0):
-    """The same from each seed: arrays of [seeds, epochs]."""
+    """What `train` returns for each seed: arrays of [seeds, epochs]."""
     train_all = jax.jit(jax.vmap(functools.partial(train, relaxation=relaxation, inertia=inertia)))
     return jax.tree.map(np.asarray, train_all(first, jax.random.split(jax.random.key(0), SEEDS)))
 
@@ -216,8 +225,8 @@ results = {name: runs(relaxation) for name, relaxation in relaxations(hard_from,
 # %% [markdown]
 # ## A layer's weights through training
 #
-# The relaxed weights $x$ of the second layer, in units of their scales, at the end of some epochs of the
-# first run.
+# These are the relaxed weights $x$ of the second layer, in units of their scales, at the end of some epochs
+# of the first run. Weights beyond 3 are counted at 3.
 
 # %%
 shown = {name: results[name] for name in list(results)[:5]}
@@ -236,17 +245,15 @@ figure.supxlabel(r"$x / \alpha$", fontsize=11)
 plt.show()
 
 # %% [markdown]
-# Squared distance and linear blend keep the shape of either half and pull it together around its level,
-# which leaves a gap around 0 that grows. The l1 distance sets more and more weights on their levels and
-# leaves the others where they are, a bit nearer. The piecewise affine map holds all weights between the
-# levels from the start, nearly half of them on one, and the tanh lets them pile up there. From epoch 25 on
-# all five are two lines. (Weights beyond 3 are counted at 3.)
-
-# %% [markdown]
-# ## How many have settled, and how many flip
+# Squared distance and linear blend pull each half of the weights together around its level, which leaves a
+# gap around 0. The l1 distance sets more and more weights on their levels and leaves the others nearly
+# where they are. The piecewise affine map holds all weights between the levels from the start, nearly half
+# of them on a level. With the tanh the weights gather at the levels. From epoch 25 on all five are hard.
 #
-# A weight is settled when $x$ is within 1% of its level. A flip is a binary weight whose sign is not what
-# it was an epoch before.
+# ## How many weights settle, and how many signs flip
+#
+# A weight is settled when $x$ is within 1% of its level. A flip is a binary weight that has changed its
+# sign since the epoch before.
 
 # %%
 styles = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
@@ -262,16 +269,17 @@ figure.legend(*left.get_legend_handles_labels(), loc="outside right center")
 plt.show()
 
 # %% [markdown]
-# Left: the l1 distance settles weights at an even pace, the piecewise affine map and the tanh faster; with
-# squared distance and linear blend all move together and are within 1% of their levels only at the end, the
-# squared distance by the jump to hard. Right: flips become rarer with all of them as the learning rate
-# falls. With the l1 distance there is a burst when the network turns hard: the sixth of the weights that
-# had not settled jumps at once.
-
-# %% [markdown]
-# ## What comes of it
+# Left: the l1 distance settles weights at an even pace, and the piecewise affine map and the tanh settle
+# them sooner. With squared distance and linear blend all weights move together, so they settle only when
+# the network becomes hard.
 #
-# With one more run: the linear blend without inertia, where a step starts from $x$ and not from $w$.
+# Right: flips become rarer as the learning rate falls, with all relaxations. The l1 distance has a burst of
+# flips when the network becomes hard, because the weights that had not settled jump at once.
+#
+# ## Accuracies
+#
+# The next cell adds one more run: the linear blend without inertia, where each step starts from $x$ instead
+# of $w$.
 
 # %%
 results["linear blend, inertia 0"] = runs(relaxations(hard_from, 0.1)["linear blend"], inertia=0.0)
@@ -293,12 +301,16 @@ for name, result in results.items():
     print(f"{name:24}  {each:20}  {final.mean():4.1f}  {result['flips'].sum(axis=1).mean():6.2f}")
 
 # %% [markdown]
-# The relaxed network learns fast with those relaxations that begin in full precision, and their binary
-# network lags until the anneal is well on its way; with the l1 distance it catches up by the jump to hard
-# alone. With the last three the two networks are close throughout. In the end all six are within about a
-# point of each other, and of 450 test images one is 0.2 points: a trial this small ranks nothing.
+# Squared distance, linear blend and l1 distance begin in full precision. Their relaxed networks learn fast,
+# and their binary networks lag until late in the run. With the other three relaxations the two networks are
+# close throughout. In the end all six are within about a point of each other. One test image is 0.2 points,
+# so this small experiment does not rank the relaxations.
 #
-# What does show is the inertia. Without it each step goes the share $\theta$ of the way from $x$ once more,
-# where with it the way begins at the latent weights again: the same schedule then pulls far harder. Signs
-# flip a tenth as often, and the binary network ends several points lower. A schedule for inertia 0 has to
-# be a gentler one.
+# The effect of inertia is larger than that. Without it each step starts from where the last one had been
+# pulled, so the same schedule pulls far harder. Signs flip a tenth as often, and the binary network ends
+# several points lower. With inertia 0 a schedule has to be gentler.
+#
+# ## Next
+#
+# * [How to choose a method](../docs/methods.md): the relaxation of each method
+# * [Your own network, quantizer and relaxation](04_your_own.ipynb)

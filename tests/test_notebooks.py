@@ -1,17 +1,26 @@
 """The notebooks run, and their `.ipynb` files are what comes of their `.py` files."""
 
+import importlib.metadata
+import importlib.util
 import json
 import re
 import runpy
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent.parent / "notebooks"
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "notebooks"
 SOURCES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 by_name = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 
-REPOSITORY = "stam-jax/stam_jax"
+# Addresses from which something could be installed or opened.
+FOREIGN = re.compile(r"(?:github\.com/stam-jax|git\+https|colab\.research\.google\.com)[^\s\"'<>)\]\\]*")
+# What fits the width of a page.
+WIDTH = 100
 # From the root on, over one folder at least; and with the letter of a drive.
 ABSOLUTE_PATH = re.compile(r"(?:^|[\s\"'(=\[])(/[\w.+-]+/[\w.+/-]*|[A-Z]:\\\w+)", re.MULTILINE)
 
@@ -88,14 +97,67 @@ def test_the_notebook_says_nothing_of_the_machine(source):
 
 
 @by_name
-def test_it_begins_with_a_title_and_its_own_badge(source):
+def test_it_begins_with_a_title_and_then_installs(source):
     title, install, *_ = [text for _, text in percent_cells(source.read_text(encoding="utf-8"))]
     assert title.startswith("# ")
-    place = f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{source.stem}.ipynb"
-    assert title.count("[![Open in Colab]") == title.count(f"]({place})") == 1
-    # Where the package is there already, nothing is installed.
-    assert 'if importlib.util.find_spec("stam_jax") is None:' in install
-    assert f"@ git+https://github.com/{REPOSITORY}" in install
+    assert install == install_cell(source)
+
+
+def install_cell(source):
+    """The cell that installs the package; no other does."""
+    (cell,) = [text for _, text in percent_cells(source.read_text(encoding="utf-8")) if "pip" in text]
+    return cell
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """What would have been run."""
+    found = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: found.append(command))
+    return found
+
+
+@by_name
+def test_nothing_is_installed_where_the_package_is_there(source, commands, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(install_cell(source), {})
+    assert commands == []
+
+
+@by_name
+@pytest.mark.parametrize("folder", [ROOT, FOLDER], ids=["root", "notebooks"])
+def test_elsewhere_the_clone_is_installed(source, folder, commands, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda name: iter(()))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "libtpu" or None)
+    monkeypatch.chdir(folder)
+    exec(install_cell(source), {})
+    extras = "experiments,export" if source.stem == "04_your_own" else "experiments"
+    ((*pip, package, plugin),) = commands
+    assert pip == [sys.executable, "-m", "pip", "install", "--quiet"]
+    assert package == f"{ROOT}[{extras}]"
+    assert plugin == "jax[tpu]"
+
+
+@by_name
+def test_without_a_clone_the_notebook_says_what_to_do(source, commands, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda name: iter(()))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError, match="Clone or upload the repository first"):
+        exec(install_cell(source), {})
+    assert commands == []
+
+
+def test_no_file_names_an_address_that_is_not_the_repositorys():
+    """Anyone could register such an address, and readers would install what is there."""
+    places = ("notebooks", "docs", "experiments", "stam_jax", "README.md", "pyproject.toml", "CITATION.cff")
+    listing = subprocess.run(["git", "ls-files", "-z", *places], cwd=ROOT, capture_output=True, check=False)
+    if listing.returncode:
+        pytest.skip("not in a clone")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    own = settings["project"].get("urls", {}).get("Repository", "").removeprefix("https://github.com/")
+    for name in filter(None, listing.stdout.decode().split("\0")):
+        text = (ROOT / name).read_bytes().decode(errors="ignore") if (ROOT / name).is_file() else ""
+        assert [address for address in FOREIGN.findall(text) if not own or own not in address] == [], name
 
 
 def test_all_install_alike():
@@ -104,9 +166,28 @@ def test_all_install_alike():
 
 
 @by_name
-def test_links_between_notebooks_lead_to_notebooks(source):
-    for link in re.findall(r"\]\(([^):]+\.ipynb)\)", source.read_text(encoding="utf-8")):
-        assert (FOLDER / link).exists(), link
+def test_links_lead_to_a_page_and_a_heading_of_it(source):
+    prose = "\n".join(
+        text for kind, text in percent_cells(source.read_text(encoding="utf-8")) if kind == "markdown"
+    )
+    links = re.findall(r"\]\((?!https:)([^)\s]+)\)", prose)
+    assert links
+    for link in links:
+        place, _, anchor = link.partition("#")
+        target = (FOLDER / place).resolve()
+        assert target.is_file(), link
+        # The site has no other files.
+        assert target.parent == FOLDER or target.is_relative_to(ROOT / "docs"), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors, link
+
+
+@by_name
+def test_no_printed_line_is_too_long_for_a_page(source):
+    for line in printed(notebook_of(source)).splitlines():
+        assert len(line) <= WIDTH, line
 
 
 def printed(notebook):
@@ -127,8 +208,11 @@ def test_it_runs(source):
 def test_the_quickstart_runs_on_eight_devices(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     script = runpy.run_path(str(FOLDER / "execute.py"))
-    text = printed(script["execute"](script["read"](SOURCES[0]), timeout=300))
+    notebook = script["read"](SOURCES[0])
+    for cell in notebook.cells:
+        cell["source"] = cell["source"].replace("epochs = 20", "epochs = 4")
+    text = printed(script["execute"](notebook, timeout=300))
     assert text.startswith("8 x ")
     assert "on each device: 8 of the 64 images of a batch; all weights: True" in text
     accuracy = float(re.findall(r"accuracy of what was read: ([\d.]+)%", text)[0])
-    assert accuracy > 95
+    assert accuracy > 80

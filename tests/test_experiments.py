@@ -608,7 +608,7 @@ def test_the_report_says_of_float_the_accuracies_of_the_float_network(kept):
     found = results.read(kept / "one")
     binary = {"hard_accuracy": None, "hard_accuracy_running_statistics": None, "bytes_packed": None}
     trained = {"method": "float", "relaxed_accuracy_running_statistics": 0.8, "binary_share": 0.0}
-    rows = [found.rows[0] | binary | trained, *found.rows]
+    rows = [{**found.rows[0], **binary, **trained}, *found.rows]
     results.write(kept / "one", found._replace(rows=rows))
     lines = pages.updated(_marked("comparisons"), kept.parent / "page.md", kept).splitlines()
     assert "| float (1) | 90.00 | 80.00 | 0.0% | 1,000 | - |" in lines

@@ -31,9 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[CACHE] = str(cache.mkdir("jax")) if cache else tempfile.mkdtemp()
     # By default only what took a second is kept; here hundreds of small functions add up.
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    # Most of the time would go into making thousands of small programs fast.
-    os.environ |= helpers.QUICK_COMPILATION
-    jax.config.update("jax_disable_most_optimizations", True)
+    if config.getoption("markexpr") == "not slow":
+        # Most of the time would go into making thousands of small programs fast. The slow tests compile as
+        # users do, but for those whose time would be that of compiling in processes of their own.
+        os.environ |= helpers.quick_compilation()
+        jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

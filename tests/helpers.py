@@ -13,17 +13,15 @@ import pytest
 
 from tests import reference
 
-# Surroundings in which programs are compiled in a third of the time, and run more slowly: most optimizations
-# are left out, and XLA's older emitters for CPUs are quicker.
-QUICK_COMPILATION = {
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
-}
 
+def quick_compilation() -> dict[str, str]:
+    """Environment variables by which programs are compiled more quickly, and run more slowly.
 
-def surroundings_of_users() -> dict[str, str]:
-    """The environment variables without those: for processes that train in full."""
-    return {name: value for name, value in os.environ.items() if name not in QUICK_COMPILATION}
+    Most optimizations are left out, and XLA's older emitters for CPUs take the place of its newer ones.
+    """
+    flag = "--xla_cpu_use_fusion_emitters=false"
+    flags = [each for each in os.environ.get("XLA_FLAGS", "").split() if each != flag]
+    return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": " ".join([*flags, flag])}
 
 
 # For what runs once: compiled without optimization, which takes half the time.

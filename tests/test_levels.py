@@ -182,11 +182,14 @@ def test_it_stays_all_the_way_to_the_projection(quantizer):
 
 
 def test_more_bits_come_closer():
-    w = normal(64, 8)
+    w = normal(4096, 4)
     quantizers = [Binary(), Ternary(), LeastSquares(), Uniform(bits=3), Uniform(bits=4)]
-    errors = [float(np.sum((w - projected(q, w)) ** 2)) for q in quantizers]
+    errors = [float(np.sum((w - projected(q, w)) ** 2) / np.sum(w**2)) for q in quantizers]
     assert errors == sorted(errors, reverse=True)
-    powers = float(np.sum((w - projected(PowerOfTwo(bits=4), w)) ** 2))
+    # The shares that the page on theory compares the cost of a scale with.
+    assert round(errors[1], 2) == 0.19
+    assert round(errors[-1], 2) == 0.01
+    powers = float(np.sum((w - projected(PowerOfTwo(bits=4), w)) ** 2) / np.sum(w**2))
     assert errors[-1] < powers < errors[1]
 
 

@@ -101,6 +101,11 @@ def test_what_is_put_together_has_an_example(path):
     assert "\nExample:\n    >>> " in (inspect.getdoc(PUBLIC[path]) or "")
 
 
+# Pages that print accuracies on digits, and what the least of them exceeds, in percent. In the guides that is
+# of a float network that is only rounded.
+LEARNED = {"quickstart": 90, "howto": 70}
+
+
 @pytest.mark.parametrize(
     "page", ["quickstart", "methods", "quantized", "deploy", *helpers.slow(["training", "howto"])]
 )
@@ -116,8 +121,10 @@ def test_the_examples_run_one_after_the_other(page, tmp_path, monkeypatch, capsy
         layer, norm, _ = names["model"].layers
         features = np.asarray(names["images"][:1300] @ layer.kernel[...] + layer.bias[...])
         np.testing.assert_allclose(norm.mean[...], features.mean(axis=0), rtol=1e-4, atol=1e-5)
-    # What the guides claim of digits: accuracies, in per cent, of networks that learn them.
-    assert all(float(accuracy) > 75 for accuracy in re.findall(r"([\d.]+)%", printed))
+    if page in LEARNED:
+        accuracies = [float(accuracy) for accuracy in re.findall(r"([\d.]+)%", printed)]
+        assert accuracies
+        assert min(accuracies) > LEARNED[page]
 
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]

@@ -25,15 +25,18 @@ hypothesis.settings.load_profile("stam")
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--as-users", action="store_true", help="compile with all optimizations, as users do")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if CACHE not in os.environ:
         cache = getattr(config, "cache", None)  # Pytest may be told to keep none.
         os.environ[CACHE] = str(cache.mkdir("jax")) if cache else tempfile.mkdtemp()
     # By default only what took a second is kept; here hundreds of small functions add up.
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    if config.getoption("markexpr") == "not slow":
-        # Most of the time would go into making thousands of small programs fast. The slow tests compile as
-        # users do, but for those whose time would be that of compiling in processes of their own.
+    if not config.getoption("as_users"):
+        # Most of the time would go into making thousands of small programs fast.
         os.environ |= helpers.quick_compilation()
         jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])

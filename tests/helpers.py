@@ -13,15 +13,22 @@ import pytest
 
 from tests import reference
 
+_OLDER_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+
 
 def quick_compilation() -> dict[str, str]:
     """Environment variables by which programs are compiled more quickly, and run more slowly.
 
     Most optimizations are left out, and XLA's older emitters for CPUs take the place of its newer ones.
     """
-    flag = "--xla_cpu_use_fusion_emitters=false"
-    flags = [each for each in os.environ.get("XLA_FLAGS", "").split() if each != flag]
-    return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": " ".join([*flags, flag])}
+    flags = {**dict.fromkeys(os.environ.get("XLA_FLAGS", "").split()), _OLDER_EMITTERS: None}
+    return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": " ".join(flags)}
+
+
+def environment_of_users() -> dict[str, str]:
+    """The environment without those, for a process that trains in full."""
+    flags = os.environ.get("XLA_FLAGS", "").replace(_OLDER_EMITTERS, "")
+    return os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": flags}
 
 
 # For what runs once: compiled without optimization, which takes half the time.

@@ -65,8 +65,7 @@ def trained(optimizer: optax.GradientTransformation, params: Any, steps: int = 4
 
 def in_eight(check: str) -> None:
     """Calls a function of this module in a process with eight devices."""
-    environment = os.environ | helpers.quick_compilation()
-    environment |= {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     code = f"import jax; assert jax.device_count() == 8; from tests import test_meshes as t; t.{check}()"
     result = subprocess.run(
         [sys.executable, "-c", code],

@@ -19,7 +19,6 @@ from safetensors.numpy import load_file
 
 from experiments.reporting import run_folder
 from stam_jax import pack, quantize, stam
-from tests import helpers
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -31,13 +30,7 @@ def start(folder: Path, *arguments: str, **surroundings: str) -> subprocess.Pope
     return subprocess.Popen(
         [sys.executable, "-m", "experiments", *TINY, *arguments],
         cwd=folder,
-        env={
-            **os.environ,
-            **helpers.quick_compilation(),
-            "PYTHONPATH": str(ROOT),
-            "JAX_PLATFORMS": "cpu",
-            **surroundings,
-        },
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **surroundings},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,6 +1,5 @@
 """What comparisons promise, trained in full."""
 
-import os
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ def test_binary_networks_read_digits_almost_as_well_as_float_ones(tmp_path):
         f"{sys.executable} -m experiments compare --methods float binary_connect stam "
         f"--seeds 3 --output {tmp_path / 'run'}".split(),
         cwd=ROOT,
+        env=helpers.environment_of_users(),
         check=True,
     )
     rows = run_folder.read_csv(tmp_path / "run" / "results.csv")
@@ -40,7 +40,6 @@ def test_a_comparison_of_all_methods_ends_with_one_table_of_them(tmp_path):
         f"{sys.executable} -m experiments compare --methods all --epochs 2 --width 0.125 "
         f"--output {tmp_path / 'run'}".split(),
         cwd=ROOT,
-        env=os.environ | helpers.quick_compilation(),
         check=True,
         capture_output=True,
         text=True,

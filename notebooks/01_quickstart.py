@@ -107,7 +107,7 @@ class Network(nnx.Module):
 
 
 table = tabulate(nnx.state(Network(nnx.Rngs(0)), nnx.Param))
-print(str(table).replace("; packed", ";\npacked"))  # Its last line is long.
+print(table)
 
 # %% [markdown]
 # The table shows what `stam` quantizes by default: the kernels become binary, with one scale per output

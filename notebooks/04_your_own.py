@@ -103,15 +103,9 @@ class Transformer(nnx.Module):
 #
 # `tabulate` shows what `stam` quantizes by default. The last column says which rule decided.
 
-
 # %%
-def show(table):
-    """Prints a table, with its last line in two."""
-    print(str(table).replace("; packed", ";\npacked"))
-
-
 params = nnx.state(Transformer(nnx.Rngs(0)), nnx.Param)
-show(tabulate(params))
+print(tabulate(params))
 
 # %% [markdown]
 # Two things are worth a change here:
@@ -132,7 +126,7 @@ def choose(quantizer, heads):
 
 
 binary = choose(Binary(), heads=Binary(axis=(-2, -1)))
-show(tabulate(params, binary))
+print(tabulate(params, binary))
 
 # %% [markdown]
 # ## Training, with baselines

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from stam_jax import _paths
+from stam_jax import _packed, _paths
 from stam_jax.quantizers import Binary, Quantizer, levels_of, nearest, spread, wide
 
 Rule = Callable[[str, jax.ShapeDtypeStruct], Quantizer | None]
@@ -72,6 +72,9 @@ def assign(where: str, quantizer: Quantizers, params: Any) -> dict[str, Assigned
     Raises:
         ValueError: as `quantize`, but for shapes.
     """
+    nodes, _ = _paths.flatten_named(params, _packed.is_packed)
+    if packed := [path for path, node in nodes.items() if _packed.is_packed(node)]:
+        raise ValueError(f"{where}: the leaf {packed[0]!r} is packed already: unpack the tree first.")
     everything = _paths.named_leaves(params, holes=True)
     leaves = {path: leaf for path, leaf in everything.items() if not _paths.is_masked(leaf)}
     # Optax itself makes trees without leaves, and with holes where leaves are another transform's.
@@ -79,14 +82,14 @@ def assign(where: str, quantizer: Quantizers, params: Any) -> dict[str, Assigned
     if isinstance(quantizer, Mapping):
         found = _by_patterns(where, quantizer, leaves, is_whole=is_whole)
     elif isinstance(quantizer, Quantizer):
-        found = {path: _default(path, leaf, quantizer) for path, leaf in leaves.items()}
+        found = {path: default(path, leaf, quantizer) for path, leaf in leaves.items()}
     else:
         found = {path: _by_function(where, quantizer, path, leaf) for path, leaf in leaves.items()}
     if is_whole and all(a.quantizer is None for a in found.values()):
         raise ValueError(
             f"{where}: nothing is quantized. By default these are the leaves called kernel, weight or w of "
             f"rank 2 or more; name others by patterns, quantizer={{'*/name': Binary()}}. The leaves are "
-            + _listed(f"{path!r} ({a.rule})" for path, a in found.items())
+            + listed(f"{path!r} ({a.rule})" for path, a in found.items())
         )
     return {path: a if a.quantizer is None else _fitted(where, path, a) for path, a in found.items()}
 
@@ -137,7 +140,7 @@ def check_fits(where: str, params: Any, quantizers: Mapping[str, Quantizer]) -> 
             jax.eval_shape(lambda w, q=quantizer: nearest(w, levels_of(q, w)), leaves[path])
 
 
-def _listed(items: Iterable[str], most: int = 12) -> str:
+def listed(items: Iterable[str], most: int = 12) -> str:
     """Items for an error; the first ones where there are many."""
     items = list(items)
     return ", ".join(items[:most]) + f" and {len(items) - most} more" * (len(items) > most)
@@ -160,7 +163,7 @@ def _unsuited(path: str, leaf: Any) -> str | None:
     return f"name {name[0]!r}" if name else None
 
 
-def _default(path: str, leaf: Any, quantizer: Quantizer | None, rule: str | None = None) -> Assigned:
+def default(path: str, leaf: Any, quantizer: Quantizer | None, rule: str | None = None) -> Assigned:
     """What becomes of a leaf that no pattern names."""
     *modules, name = path.lower().split("/")
     why = _unsuited(path, leaf)
@@ -192,7 +195,7 @@ def _by_patterns(
     found: dict[str, Assigned] = {}
     for pattern, quantizer in patterns.items():
         if pattern == "*":
-            named = [path for path, leaf in leaves.items() if _default(path, leaf, Binary()).quantizer]
+            named = [path for path, leaf in leaves.items() if default(path, leaf, Binary()).quantizer]
         else:
             named = [path for path in leaves if _covers(pattern, path)]
         suited = [path for path in named if _unsuited(path, leaves[path]) is None]
@@ -202,10 +205,10 @@ def _by_patterns(
         if is_whole and found.keys() >= set(suited or covered):
             reason = "the patterns before it cover all that it matches; the first match wins"
             if not covered:
-                reason = f"it matches no leaf to quantize; the leaves are {_listed(leaves)}"
+                reason = f"it matches no leaf to quantize; the leaves are {listed(leaves)}"
             raise ValueError(f"{where}: the pattern {pattern!r} of quantizer has no effect: {reason}.")
         found |= {path: Assigned(leaves[path], quantizer, f"pattern {pattern!r}") for path in free}
-    rest = lambda path, leaf: Assigned(leaf, None, _default(path, leaf, Binary(), "no pattern").rule)
+    rest = lambda path, leaf: Assigned(leaf, None, default(path, leaf, Binary(), "no pattern").rule)
     return {path: found[path] if path in found else rest(path, leaf) for path, leaf in leaves.items()}
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from stam_jax import _assignment, _paths
 from stam_jax._assignment import Assigned, Quantizers
-from stam_jax.packing._packed import Packed, gap_of, is_packed, layout
+from stam_jax._packed import Packed, is_packed, layout
+from stam_jax.packing._pack import gap_of
 from stam_jax.quantizers import Binary, Quantizer
 
 
@@ -81,8 +81,9 @@ class Table:
         less = f", {self.nbytes_whole / self.nbytes:.1f} times less" if self.nbytes else ""
         lines.append(
             f"{count(quantized):,} of {count(self.rows):,} numbers in {len(quantized)} of {len(self.rows)} "
-            f"leaves are quantized; packed, {self.nbytes_whole:,} bytes are {self.nbytes:,}{less}."
+            f"leaves are quantized."
         )
+        lines.append(f"Packed, {self.nbytes_whole:,} bytes are {self.nbytes:,}{less}.")
         return "\n".join(lines)
 
 
@@ -117,20 +118,19 @@ def tabulate(params: Any, quantizer: Quantizers = Binary()) -> Table:
         conv/bias    8        -                     -   256    -  rank 1
         conv/kernel  3x3x1x8  Binary(axis=-1)       8   328    0  default
         head/kernel  8x10     Binary(axis=-1)      10   448    0  default
-        152 of 160 numbers in 2 of 3 leaves are quantized; packed, 640 bytes are 129, 5.0 times less.
+        152 of 160 numbers in 2 of 3 leaves are quantized.
+        Packed, 640 bytes are 129, 5.0 times less.
     """
     _assignment.check_quantizer("tabulate", quantizer)
-    is_leaf = lambda node: is_packed(node) or _paths.is_masked(node)
-    leaves, _ = _paths.flatten_named(params, is_leaf)
+    leaves, _ = _paths.flatten_named(params, is_packed)
     if any(map(is_packed, leaves.values())):
-        quantizer = {"*": None}  # What has been left whole beside packed leaves is so by choice.
-    rest = jax.tree.map(lambda leaf: optax.MaskedNode() if is_packed(leaf) else leaf, params, is_leaf=is_leaf)
-    assigned = _assignment.assign("tabulate", quantizer, rest)
-    rows = [
-        _packed_row(path, leaf) if isinstance(leaf, Packed) else _row(path, assigned[path])
-        for path, leaf in leaves.items()
-        if path in assigned or is_packed(leaf)
-    ]
+        # What is whole beside packed leaves was left so when they were packed.
+        assigned = {
+            path: _assignment.default(path, leaf, None, "not packed") for path, leaf in leaves.items()
+        }
+    else:
+        assigned = _assignment.assign("tabulate", quantizer, params)
+    rows = [_packed_row(path, a.leaf) if is_packed(a.leaf) else _row(path, a) for path, a in assigned.items()]
     return Table(tuple(rows))
 
 

@@ -627,14 +627,14 @@ def test_shapes_do_for_parameters():
 
 def test_the_printed_table_has_a_line_per_leaf_and_the_totals():
     table = tabulate(jax.eval_shape(lambda: NETWORK), {"head": None, "*": FOUR_BITS})
-    *lines, total = repr(table).splitlines()[2:]
+    *lines, count, size = repr(table).splitlines()[2:]
     assert [line.split()[0] for line in lines] == list(rows(NETWORK))
     assert ["Uniform" in line for line in lines] == [
         path in ("conv/kernel", "middle/kernel") for path in rows(NETWORK)
     ]
-    assert "200 of 398 " in total
-    assert "2 of 7 " in total
-    assert f"{table.nbytes:,}" in total
+    assert "200 of 398 " in count
+    assert "2 of 7 " in count
+    assert f"{table.nbytes:,}" in size
 
 
 RANKS = [WHOLE, Binary(group=2), LeastSquares()]

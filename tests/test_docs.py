@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import stam_jax
-from stam_jax.packing._packed import layout
+from stam_jax._packed import layout
 from stam_jax.quantizers import Shared, levels_of, nearest
 from tests.methods import METHODS
 

@@ -796,8 +796,8 @@ def test_a_file_that_is_not_there_is_an_error_of_the_system(tmp_path):
 @pytest.mark.parametrize(
     ("like", "words"),
     [
-        ({"kernel": np.ones((2, 2))}, "'odd' that the file has"),
-        ({"kernel": 0, "odd": np.int64(0), "more": 0}, "'more' that like has"),
+        ({"kernel": np.ones((2, 2))}, "of the file alone: 'odd'. Of like alone: none"),
+        ({"net": {"kernel": 0, "odd": 0}}, "alone: 'kernel', 'odd'. Of like alone: 'net/kernel', 'net/odd'"),
         (
             {"kernel": np.ones((2, 3), np.float32), "odd": np.int64(0)},
             r"'kernel' is float32\[2, 2\] in the file and float32\[2, 3\]",
@@ -926,6 +926,22 @@ def test_the_table_counts_what_there_is(quantizer):
         assert dataclasses.replace(mine, gap=None, rule="") == dataclasses.replace(theirs, gap=None, rule="")
         assert mine.rule == ("packed" if theirs.quantizer else theirs.rule)
     assert "80 of 100 numbers in 1 of 5 leaves are quantized" in str(table)
+
+
+def test_what_is_whole_in_a_packed_tree_was_left_so():
+    params = {"conv": {"kernel": jnp.ones((2, 2))}, "head": {"kernel": jnp.ones((2, 2))}}
+    packed = pack(params, {"head": None, "*": Binary()})
+    assert [row.rule for row in tabulate(packed).rows] == ["packed", "not packed"]
+
+
+@pytest.mark.parametrize(
+    "use", [quantize, pack, stam_jax.stam(optax.sgd(1.0), hard_from=1).init], ids=["quantize", "pack", "init"]
+)
+def test_a_packed_tree_must_be_unpacked_to_be_quantized_again(use):
+    # Its codes and scales are leaves that no rule knows, so that nothing would be quantized but the rest.
+    packed = {"conv": pack({"kernel": jnp.ones((2, 2))}), "head": {"kernel": jnp.ones((2, 2))}}
+    with pytest.raises(ValueError, match="'conv/kernel' is packed already: unpack the tree first"):
+        use(packed)
 
 
 def test_everything_about_packing_is_public():

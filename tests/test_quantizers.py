@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stam_jax import Binary, LeastSquares, PowerOfTwo, Quantizer, Ternary, Uniform, _assignment
-from stam_jax.packing._packed import layout
+from stam_jax._packed import layout
 from stam_jax.quantizers import decode, encode, levels_of, nearest
 from tests import reference_quantizers as reference
 from tests.helpers import quick_jit

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stam_jax import _paths
+from stam_jax import _assignment, _paths
+from stam_jax._packed import BUILT_IN, Packed, described, is_packed, layout, quantizer_of
 from stam_jax.packing import _safetensors
-from stam_jax.packing._packed import BUILT_IN, Packed, described, is_packed, layout, quantizer_of
 from stam_jax.quantizers import Quantizer, Scaled
 
 VERSION = 2
@@ -274,10 +274,12 @@ def _in_shape_of(like: Any, leaves: dict[str, Any], path: Path) -> Any:
         ValueError: if a leaf is missing or left over, or of another shape or dtype.
     """
     wanted, structure = _paths.flatten_named(like, is_packed)
-    for name in [*wanted, *leaves]:
-        if name not in leaves or name not in wanted:
-            where = "like has but the file lacks" if name not in leaves else "the file has but like lacks"
-            raise ValueError(f"{path}: there is a leaf {name!r} that {where}.")
+    if wanted.keys() != leaves.keys():
+        only = lambda these, those: _assignment.listed(repr(n) for n in these if n not in those) or "none"
+        raise ValueError(
+            f"{path}: like must have the leaves of the file, by name. Leaves of the file alone: "
+            f"{only(leaves, wanted)}. Of like alone: {only(wanted, leaves)}."
+        )
     for name in wanted:
         other = wanted[name] if hasattr(wanted[name], "shape") else np.asarray(wanted[name])
         mine, theirs = (f"{np.dtype(x.dtype)}{list(x.shape)}" for x in (leaves[name], other))

@@ -74,9 +74,8 @@ def admm_quant(
     where = "admm_quant"
     inner = inside(where, optimizer)
     _assignment.check_quantizer(where, quantizer)
-    _numbers.check_each(
-        where, ("penalty", penalty, 0), ("dual_every", dual_every, 1), ("hard_from", hard_from, 0)
-    )
+    _numbers.check_each(where, ("penalty", penalty, 0))
+    _numbers.check_steps(where, ("dual_every", dual_every, 1), ("hard_from", hard_from, 0))
 
     def init(params: Any) -> AdmmState:
         quantizers = _assignment.chosen(where, quantizer, params)

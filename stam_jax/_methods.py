@@ -73,8 +73,8 @@ def stam(
         parameters.
 
     Raises:
-        ValueError, TypeError: as `three_block_splitting`; also for a `hard_from` that is not a number of at
-            least 0.
+        ValueError, TypeError: as `three_block_splitting`; also for a `hard_from` that is not a whole number of
+            at least 0.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -96,7 +96,7 @@ def stam(
         deep neural networks, arXiv:2204.11065. Its equations were not available: the iteration is this
         project's own, docs/theory.md.
     """
-    _numbers.check_each("stam", ("hard_from", hard_from, 0))
+    _numbers.check_steps("stam", ("hard_from", hard_from, 0))
     return three_block_splitting(
         optimizer,
         name="stam",
@@ -278,13 +278,8 @@ def binary_relax(
         Yin et al., BinaryRelax, arXiv:1801.06313.
     """
     where = "binary_relax"
-    _numbers.check_each(
-        where,
-        ("growth_every", growth_every, 1),
-        ("hard_from", hard_from, 0),
-        ("strength", strength, 0),
-        ("growth", growth, 1),
-    )
+    _numbers.check_steps(where, ("growth_every", growth_every, 1), ("hard_from", hard_from, 0))
+    _numbers.check_each(where, ("strength", strength, 0), ("growth", growth, 1))
     squared = SquaredDistance(schedules.geometric(strength, growth=growth, every=growth_every))
     return three_block_splitting(
         optimizer, name=where, quantizer=quantizer, relaxation=HardFrom(squared, hard_from), inertia=1.0
@@ -330,7 +325,7 @@ def prox_quant(
     """
     where = "prox_quant"
     _numbers.check(where, "threshold", threshold)
-    _numbers.check_each(where, ("hard_from", hard_from, 0))
+    _numbers.check_steps(where, ("hard_from", hard_from, 0))
     return three_block_splitting(
         optimizer,
         name=where,
@@ -379,9 +374,8 @@ def parq(
         Jin et al., PARQ: piecewise-affine regularized quantization, arXiv:2503.15748.
     """
     where = "parq"
-    _numbers.check_each(
-        where, ("hard_from", hard_from, 0), ("anneal_from", anneal_from, 0), ("steepness", steepness, 1e-3)
-    )
+    _numbers.check_steps(where, ("hard_from", hard_from, 0), ("anneal_from", anneal_from, 0))
+    _numbers.check_each(where, ("steepness", steepness, 1e-3))
     inverse_slope = schedules.sigmoid_inverse_slope(hard_from, start=anneal_from, steepness=steepness)
     return three_block_splitting(
         optimizer, name=where, quantizer=quantizer, relaxation=PiecewiseAffine(inverse_slope), inertia=1.0
@@ -426,9 +420,8 @@ def md_tanh(
         Ajanthan et al., Mirror descent view for neural network quantization, arXiv:1910.08237.
     """
     where = "md_tanh"
-    _numbers.check_each(
-        where, ("hard_from", hard_from, 0), ("growth", growth, 1), ("growth_every", growth_every, 1)
-    )
+    _numbers.check_steps(where, ("hard_from", hard_from, 0), ("growth_every", growth_every, 1))
+    _numbers.check_each(where, ("growth", growth, 1))
     tanh = ScaledTanh(schedules.geometric(1.0, growth=growth, every=growth_every))
     return three_block_splitting(
         optimizer, name=where, quantizer=quantizer, relaxation=HardFrom(tanh, hard_from), inertia=1.0

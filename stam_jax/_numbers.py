@@ -48,6 +48,14 @@ def check_each(where: str, *options: tuple[str, Any, float]) -> None:
         check(where, name, value, low=low, finite=True, schedule=False)
 
 
+def check_steps(where: str, *options: tuple[str, Any, int]) -> None:
+    """Raise unless each option, (name, value, least), is a whole number of steps, of at least that."""
+    check_each(where, *options)
+    for name, value, _ in options:
+        if not isinstance(value, jax.Array) and float(value) % 1:
+            raise ValueError(f"{where}: {name} must be a whole number of steps; got {value!r}.")
+
+
 def check_whole(where: str, name: str, value: Any, *, low: int = 1, high: float = math.inf) -> None:
     """Raise unless `value` is an integer in [low, high]."""
     expected = f"an integer of at least {low}" if math.isinf(high) else f"an integer from {low} to {high}"

@@ -163,7 +163,7 @@ class HardFrom:
         step: the step from which on x = y; `round(0.75 * steps)` for the last quarter of a run.
 
     Raises:
-        ValueError: if `step` is negative or not finite.
+        ValueError: unless `step` is a whole number of at least 0.
 
     Example:
         >>> import jax.numpy as jnp
@@ -180,7 +180,7 @@ class HardFrom:
     def __post_init__(self):
         if isinstance(self.relaxation, type) or not hasattr(self.relaxation, "at"):
             raise TypeError(f"HardFrom: relaxation must be an object with at; got {self.relaxation!r}.")
-        _numbers.check("HardFrom", "step", self.step, finite=True, schedule=False)
+        _numbers.check_steps("HardFrom", ("step", self.step, 0))
 
     def at(self, count: jax.typing.ArrayLike) -> RelaxationMap:
         """The map (w, y, levels) -> x of step `count`."""

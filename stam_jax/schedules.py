@@ -25,7 +25,7 @@ def geometric(start: float, *, growth: float, every: int = 1) -> optax.Schedule:
         A schedule.
 
     Raises:
-        ValueError: for a negative `start` or `growth`, or an `every` below 1.
+        ValueError: for a negative `start` or `growth`, or an `every` that is no whole number of at least 1.
 
     Example:
         >>> from stam_jax import schedules
@@ -33,7 +33,8 @@ def geometric(start: float, *, growth: float, every: int = 1) -> optax.Schedule:
         >>> print([float(strength(k)) for k in (0, 99, 100, 250)])
         [1.0, 1.0, 2.0, 4.0]
     """
-    _numbers.check_each("geometric", ("start", start, 0), ("growth", growth, 0), ("every", every, 1))
+    _numbers.check_each("geometric", ("start", start, 0), ("growth", growth, 0))
+    _numbers.check_steps("geometric", ("every", every, 1))
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         # Whole-number division: a quotient in float32 would be late by a step now and then.
@@ -55,7 +56,7 @@ def linear_to_hard(hard_from: int, *, start: int = 0) -> optax.Schedule:
         A schedule.
 
     Raises:
-        ValueError: unless 0 <= `start` <= `hard_from`.
+        ValueError: unless 0 <= `start` <= `hard_from`, both whole numbers.
 
     Example:
         >>> from stam_jax import schedules
@@ -82,7 +83,7 @@ def sigmoid_inverse_slope(hard_from: int, *, start: int = 0, steepness: float = 
         A schedule.
 
     Raises:
-        ValueError: unless 0 <= `start` <= `hard_from`, or for a `steepness` out of range.
+        ValueError: unless 0 <= `start` <= `hard_from`, both whole numbers, or for a `steepness` out of range.
 
     Example:
         >>> from stam_jax import schedules
@@ -112,7 +113,7 @@ def _progress(count: jax.typing.ArrayLike, start: int, hard_from: int) -> jax.Ar
 
 
 def _check_span(where: str, start: int, hard_from: int) -> None:
-    _numbers.check_each(where, ("start", start, 0), ("hard_from", hard_from, 0))
+    _numbers.check_steps(where, ("start", start, 0), ("hard_from", hard_from, 0))
     is_traced = isinstance(start, jax.Array) or isinstance(hard_from, jax.Array)
     if not is_traced and not start <= hard_from:
         raise ValueError(f"{where}: start must be at most hard_from; got {start!r} and {hard_from!r}.")

@@ -176,7 +176,7 @@ def _array(leaf: Any) -> np.ndarray:
     """A leaf as it is stored."""
     array = np.asarray(leaf)
     if array.dtype == object:
-        raise TypeError(f"{leaf!r} is not an array.")
+        raise TypeError(f"{leaf!r} is not an array: save the arrays of the tree, as eqx.filter leaves them.")
     return array
 
 

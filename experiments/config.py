@@ -28,7 +28,7 @@ Method = Literal[
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
 DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "svhn_cropped"]
-ModelName = Literal["resnet8", "resnet18", "resnet20", "resnet56", "vgg11", "vgg16"]
+ModelName = Literal["resnet8", "resnet18", "resnet20", "resnet56", "vgg11", "vgg16", "vit6"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
 Precision = Literal["float32", "bfloat16"]
 Optimizer = Literal["sgd", "adamw"]

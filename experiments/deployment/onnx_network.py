@@ -48,7 +48,8 @@ def build(network: Stored) -> onnx.ModelProto:
         The model, checked by ONNX's own rules.
 
     Raises:
-        SettingsError: if a kernel is packed otherwise than as binary weights of a layer or its channels.
+        SettingsError: if a kernel is packed otherwise than as binary weights of a layer or its channels, or
+            the network is not one of convolutions.
     """
     graph, images = _Graph(), network.images
     module: Any = nnx.merge(network.graph, network.tree["params"], network.tree["stats"], copy=True)
@@ -60,7 +61,9 @@ def build(network: Stored) -> onnx.ModelProto:
         case models.ResNet():
             x = _resnet(graph, module, x)
         case _:
-            raise TypeError(f"there is no ONNX graph of a {type(module).__name__}.")
+            raise SettingsError(
+                f"--to onnx: only networks of convolutions; {network.model} goes --to stablehlo."
+            )
     _head(graph, module.head, x)
     model = helper.make_model(
         helper.make_graph(

@@ -72,6 +72,8 @@ def batch_statistics(
     Returns:
         Statistics like `stats`.
     """
+    if not jax.tree.leaves(stats):  # A network without batch normalization.
+        return stats
     count = len(images) // batch_size
     total = layout.everywhere(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stats))
     for batch in np.split(images[: count * batch_size], count):

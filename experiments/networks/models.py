@@ -114,9 +114,7 @@ class Network(nnx.Module):
     def __init__(self, channels: int, images: Images, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.mean, self.deviation = tuple(images.mean), tuple(images.deviation)
         self.dtype = dtype
-        self.head = nnx.Linear(
-            channels, images.classes, dtype=dtype, kernel_init=nnx.initializers.zeros, rngs=rngs
-        )
+        self.head = _linear(channels, images.classes, dtype=dtype, rngs=rngs)
 
     def features(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Features of shape [count, height, width, channels] of standardised images."""
@@ -203,8 +201,98 @@ class ResNet(Network):
         return x
 
 
+class Attention(nnx.Module):
+    """Self-attention, each head on a share of the channels.
+
+    Args:
+        channels: of the features, a multiple of the number of heads.
+        heads: how many.
+        **options: arguments of every layer.
+    """
+
+    def __init__(self, channels: int, heads: int, **options: Any):
+        linear = lambda: _linear(channels, channels, **options)
+        self.heads, self.query, self.key, self.value, self.out = heads, linear(), linear(), linear(), linear()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Features of shape [count, tokens, channels]."""
+        split = lambda features: features.reshape(*x.shape[:-1], self.heads, -1)
+        query, key, value = split(self.query(x)), split(self.key(x)), split(self.value(x))
+        return self.out(jax.nn.dot_product_attention(query, key, value).reshape(x.shape))
+
+
+class TransformerBlock(nnx.Module):
+    """Attention, and two linear layers, both with layer normalization before and the input carried around."""
+
+    def __init__(self, channels: int, heads: int, **options: Any):
+        self.before_attention = nnx.LayerNorm(channels, rngs=options["rngs"])
+        self.attention = Attention(channels, heads, **options)
+        self.before_linear = nnx.LayerNorm(channels, rngs=options["rngs"])
+        self.first = _linear(channels, 4 * channels, **options)
+        self.second = _linear(4 * channels, channels, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Features of shape [count, tokens, channels]."""
+        x = x + self.attention(self.before_attention(x).astype(x.dtype))
+        return x + self.second(nnx.gelu(self.first(self.before_linear(x).astype(x.dtype))))
+
+
+class ViT(Network):
+    """A vision transformer for small images, whose features are averaged over the patches.
+
+    Args:
+        channels: of the features, a multiple of 4 and of the number of heads.
+        heads: of each attention.
+        depth: how many blocks.
+        images: what it is to know of the images it is for.
+        **options: arguments of every layer.
+
+    References:
+        Dosovitskiy et al., An image is worth 16x16 words, arXiv:2010.11929; with the average in the place of
+        a class token and fixed positions, as Beyer et al., Better plain ViT baselines, arXiv:2205.01580.
+    """
+
+    def __init__(self, channels: int, heads: int, depth: int, images: Images, **options: Any):
+        # Patches of 4x4 pixels make 64 of an image of CIFAR; of 2x2, 16 of a digit.
+        self.patch = 4 if images.shape[0] >= 16 else 2
+        self.embed = _linear(self.patch**2 * len(images.mean), channels, **options)
+        self.blocks = nnx.List([TransformerBlock(channels, heads, **options) for _ in range(depth)])
+        self.norm = nnx.LayerNorm(channels, rngs=options["rngs"])
+        super().__init__(channels, images, **options)
+
+    def features(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Features of shape [count, height / patch, width / patch, channels]."""
+        del train
+        count, height, width, colors = x.shape
+        grid = height // self.patch, width // self.patch
+        x = x.reshape(count, grid[0], self.patch, grid[1], self.patch, colors).swapaxes(2, 3)
+        x = self.embed(x.reshape(count, grid[0] * grid[1], -1))
+        x = x + positions(*grid, x.shape[-1]).astype(x.dtype)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x).astype(x.dtype).reshape(count, *grid, -1)
+
+
+def _linear(inputs: int, outputs: int, **options: Any) -> nnx.Linear:
+    """A linear layer; its kernel is 0 until `build` draws it."""
+    return nnx.Linear(inputs, outputs, kernel_init=nnx.initializers.zeros, **options)
+
+
+def positions(height: int, width: int, channels: int) -> jax.Array:
+    """Sines and cosines of the rows and columns of a grid, of shape [height * width, channels].
+
+    References:
+        Vaswani et al., Attention is all you need, arXiv:1706.03762, section 3.5; for two dimensions as in
+        arXiv:2205.01580.
+    """
+    frequencies = 1e4 ** -jnp.linspace(0, 1, channels // 4)
+    y, x = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
+    angles = [side.reshape(-1, 1) * frequencies for side in (y, x)]
+    return jnp.concatenate([wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)], axis=-1)
+
+
 def _draw_kernels(network: Network, key: jax.Array) -> None:
-    """Fill the kernels with random weights of variance 2 / inputs, those of the head of 1 / inputs.
+    """Fill the kernels with random weights of variance 2 / inputs, those of linear layers of 1 / inputs.
 
     They are normal, cut off at two standard deviations. One draw serves them all: XLA compiles every draw by
     itself, which takes a second each on CPU.
@@ -217,7 +305,8 @@ def _draw_kernels(network: Network, key: jax.Array) -> None:
     ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
     drawn = jax.random.truncated_normal(key, -2.0, 2.0, (int(ends[-1]),))
     for (path, shape), values in zip(shapes.items(), jnp.split(drawn, ends[:-1]), strict=True):
-        variance = (1.0 if path[0] == "head" else 2.0) / math.prod(shape[:-1])
+        # A rectifier, which halves the variance, comes after convolutions alone.
+        variance = (1.0 if len(shape) == 2 else 2.0) / math.prod(shape[:-1])
         params[path] = params[path].replace(values.reshape(shape) * (math.sqrt(variance) / _CUT_DEVIATION))
     nnx.update(network, nnx.from_flat_state(params))
 
@@ -262,5 +351,8 @@ def build(
             network = ResNet(scaled(16, 32, 64), 3, images, shortcut=ZeroPadding, **options)
         case "resnet56":
             network = ResNet(scaled(16, 32, 64), 9, images, shortcut=ZeroPadding, **options)
+        case "vit6":
+            # Three heads, as DeiT-Tiny has; the sines take a multiple of four channels.
+            network = ViT(12 * scaled(16)[0], 3, 6, images, **options)
     _draw_kernels(network, key)
     return network

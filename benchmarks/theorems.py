@@ -37,6 +37,7 @@ class Run(NamedTuple):
         residual: the mean over the steps of |R|^2, R being how the iteration moved less its noise.
         measured: the same of the library's residual.
         work: the sum over the steps of the flip work.
+        late_work: of it, the part of the second half of the steps.
         flips: how many signs changed.
         quantized_loss: the loss of the quantized weights at the end.
     """
@@ -44,6 +45,7 @@ class Run(NamedTuple):
     residual: Any
     measured: Any
     work: Any
+    late_work: Any
     flips: Any
     quantized_loss: Any
 
@@ -142,6 +144,7 @@ def run(
             residual=jnp.mean(squares),
             measured=jnp.mean(measured),
             work=jnp.sum(work),
+            late_work=jnp.sum(work[steps // 2 :]),
             flips=jnp.sum(flips),
             quantized_loss=problem.loss(quantize(x if state.latent is None else state.latent, rule)),
         )
@@ -190,6 +193,7 @@ def measure(name: str, inertia: float, project: str) -> dict[str, Any]:
         "seeds": SEEDS,
         "work": float(np.mean(found.work)),
         "work_deviation": float(np.std(found.work, ddof=1)),
+        "late_work": float(np.mean(found.late_work)),
         "flips": float(np.mean(found.flips)),
         "hard_loss": float(np.mean(found.quantized_loss)),
         "steps": STEPS,
@@ -200,8 +204,9 @@ def measure(name: str, inertia: float, project: str) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """The rows as a table in Markdown."""
     lines = [
-        "| problem | project | inertia | mean \\|R\\|² | bound | flip work | flips | quantized loss |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
+        "| problem | project | inertia | mean \\|R\\|² | bound | flip work | of it late | flips "
+        "| quantized loss |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         cells = (
@@ -211,6 +216,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['residual']:.3g}",
             f"{row['bound']:.3g}",
             f"{row['work']:.3g} ± {row['work_deviation']:.2g}",
+            f"{row['late_work']:.3g}",
             f"{row['flips']:.0f}",
             f"{row['hard_loss']:.3g}",
         )

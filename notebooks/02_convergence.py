@@ -200,7 +200,7 @@ print(f"the largest share of its bound that a line reaches: {100 * largest:.0f}%
 
 # %% [markdown]
 # No solid line crosses the dashed line of its color. The bound falls as $1/K$ until the noise term is the
-# larger one. A smaller learning rate falls later and ends lower, and so does a larger batch. With the best
+# larger one. With a smaller learning rate it falls later and ends lower; with a larger batch it ends lower. With the best
 # learning rate for the length of the run, `theory.step_size`, the bound falls as $K^{-1/2}$.
 #
 # ## Inertia lets signs flip
@@ -243,8 +243,8 @@ plt.show()
 
 # %% [markdown]
 # Without inertia one sign of the 64 flips, and the loss of the binary weights stays close to where it was.
-# With more inertia more signs flip, and the loss comes close to the lowest there is. This is why `stam` has
-# an inertia of 0.999 by default.
+# With more inertia more signs flip, and the loss comes close to the lowest there is. This is why the inertia
+# of `stam` is close to 1 by default.
 #
 # Theorem 1 does not cover inertia. [Theorem 2](../docs/theory.md#theorem-2-inertia) does, with a bound that
 # needs measurements of the run itself (`diagnostics.flip_work`). Neither covers `stam` as it is used, which

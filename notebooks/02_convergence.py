@@ -200,13 +200,14 @@ print(f"the largest share of its bound that a line reaches: {100 * largest:.0f}%
 
 # %% [markdown]
 # No solid line crosses the dashed line of its color. The bound falls as $1/K$ until the noise term is the
-# larger one. With a smaller learning rate it falls later and ends lower; with a larger batch it ends lower. With the best
-# learning rate for the length of the run, `theory.step_size`, the bound falls as $K^{-1/2}$.
+# larger one. With a smaller learning rate it falls later and ends lower; with a larger batch it ends
+# lower. With the best learning rate for the length of the run, `theory.step_size`, the bound falls as
+# $K^{-1/2}$.
 #
 # ## Inertia lets signs flip
 #
 # A small residual does not make a good binary network. $\Phi$ has very many stationary points, and a large
-# $\rho$ holds a run at the signs that it began with. Inertia is the remedy. Let $w$ be the weights after
+# $\rho$ holds a run at the signs that it began with. Inertia is a remedy. Let $w$ be the weights after
 # the gradient step and $x$ those after the pull towards $Q$. The next step then starts from
 # $x + \kappa\,(w - x)$ instead of $x$, so small steps add up until a sign flips. All runs here have
 # $\rho = 30$.
@@ -243,8 +244,10 @@ plt.show()
 
 # %% [markdown]
 # Without inertia one sign of the 64 flips, and the loss of the binary weights stays close to where it was.
-# With more inertia more signs flip, and the loss comes close to the lowest there is. This is why the inertia
-# of `stam` is close to 1 by default.
+# With more inertia more signs flip, and the loss comes close to the lowest there is. Inertia also weakens
+# the pull, to that of $(1 - \kappa)\rho$; on problems like this one a smaller $\rho$ alone does as well, on
+# others it does not: [the theory](../docs/theory.md#what-runs-show) has a table. The inertia of `stam` is
+# close to 1 by default.
 #
 # Theorem 1 does not cover inertia. [Theorem 2](../docs/theory.md#theorem-2-inertia) does, with a bound that
 # needs measurements of the run itself (`diagnostics.flip_work`). Neither covers `stam` as it is used, which

@@ -73,8 +73,7 @@ def stam(
         parameters.
 
     Raises:
-        ValueError, TypeError: as `three_block_splitting`; also for a `hard_from` that is no whole number of at
-            least 0.
+        ValueError, TypeError: as `three_block_splitting`; also for a `hard_from` that is no whole number.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax

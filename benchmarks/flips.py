@@ -92,7 +92,7 @@ class Run:
     def __init__(self, trainer: "Trainer", seed: int, told: Callable[[], None]):
         first, self._key = jax.random.split(jax.random.key(seed))
         self._trainer, self._told, self.step = trainer, told, 0
-        self._state = trainer.initial_state(first)
+        self.state = trainer.initial_state(first)
         records = trainer.dataset.train
         self._train = trainer.layout.everywhere(records.at(np.arange(records.size)))
 
@@ -104,13 +104,13 @@ class Run:
         if index == 0:
             order = jax.random.permutation(order_key, trainer.dataset.train.size)
             self._order = trainer.layout.everywhere(order)
-        self._state, _ = trainer.advance(self._state, step_key, self._train, self._order)
+        self.state, _ = trainer.advance(self.state, step_key, self._train, self._order)
         self.step += 1
         self._told()
 
     def quantized(self) -> Any:
         """The binary network's weights; copies, for what a step is given is gone after it."""
-        return jax.tree.map(jnp.copy, quantize(self._state.params, self._trainer.quantizer))
+        return jax.tree.map(jnp.copy, quantize(self.state.params, self._trainer.quantizer))
 
 
 def loss_on(trainer: "Trainer", count: int) -> Callable[[Any], float]:

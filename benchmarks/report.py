@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import flips, optimum, theorems
+from benchmarks import flips, holding, optimum, theorems
 from experiments.reporting.pages import between
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +87,7 @@ PARTS = (
     Part(_DOCS / "theory.md", "theorems", theorems.RESULTS, theorems.table),
     Part(_DOCS / "theory.md", "optimum", optimum.RESULTS, optimum.table),
     Part(_DOCS / "benchmarks.md", "flips", flips.RESULTS, flips.table),
+    Part(_DOCS / "benchmarks.md", "holding", holding.RESULTS, holding.table),
 )
 
 

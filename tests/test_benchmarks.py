@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import stam_jax
-from benchmarks import flips, inference, optimum, training
+from benchmarks import flips, holding, inference, optimum, training
 from experiments.config import TrainSettings
 from experiments.data import image_sets
 from experiments.training.run import Trainer
@@ -164,6 +164,36 @@ def test_what_sign_changes_pay_is_told_by_inertia_and_part_of_the_run(tmp_path, 
     assert capsys.readouterr().out.strip().splitlines() == flips.table(rows)
     assert flips.main([*tiny, "--epochs", "1"]) == 2
     assert "--epochs: 9 steps have no room" in capsys.readouterr().err
+
+
+def test_the_size_of_a_step_and_of_a_pull_are_those_of_their_equations():
+    kappa, v, u = 0.9, np.array([0.5, -0.02]), np.array([0.1, 0.05])
+    w = v + u
+    x = 0.5 * w + 0.5 * np.array([0.4, 0.4])
+    v_next = x + kappa * (w - x)
+    trees = [{"kernel": a.astype(np.float32)} for a in (v, x, v_next)]
+    found = holding.sizes(kappa, *trees)["kernel"]
+    np.testing.assert_allclose(found["u"], u, rtol=1e-5)
+    assert found["step"] == pytest.approx(np.mean(np.abs(u)) / np.mean(np.abs(w)), rel=1e-5)
+    pull = np.mean(np.abs((1 - kappa) * (w - x))) / np.mean(np.abs(u))
+    assert found["pull"] == pytest.approx(pull, rel=1e-5)
+    assert found["turned"] == 0.5
+
+
+@pytest.mark.slow
+def test_how_firmly_signs_are_held_is_told_layer_by_layer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(holding, "WINDOW", 3)
+    tiny = ("--dataset", "digits", "--model", "resnet8", "--width", "0.125", "--epochs", "4")
+    output = tmp_path / "rows.json"
+    for inertia in ("0.9", "1", "0.9"):  # The third takes the place of the first.
+        command = [*tiny, "--batch-size", "64", "--inertia", inertia, "--output", str(output)]
+        assert holding.main(command) == 0
+    rows = json.loads(output.read_text())
+    assert [row["inertia"] for row in rows] == 6 * [1.0] + 6 * [0.9]
+    assert all(len(row["layers"]) == 10 for row in rows)
+    assert all(layer["pull"] == 0 for row in rows[:6] for layer in row["layers"].values())
+    assert all(layer["pull"] > 0 for row in rows[6:] for layer in row["layers"].values())
+    assert "\n".join(holding.table(rows)) in capsys.readouterr().out
 
 
 def test_the_packed_forms_refuse_a_wrong_setting(capsys):

@@ -173,10 +173,6 @@ class TrainSettings(Settings):
     """Map from latent and quantized weights to those in use (stam)."""
     inertia: Annotated[float, _SHARE, _METHOD] = 0.999
     """Share of the way from the weights in use to the latent ones at which the next step starts (stam)."""
-    hold_rule: Annotated[str, _METHOD] = "none"
-    """On trial: how the inertia follows from the optimizer's steps (stam); see `held`."""
-    hold: Annotated[float, _AT_LEAST_0, _METHOD] = 0.2
-    """On trial: the factor of the rule (stam)."""
     project: Annotated[Literal["first", "last"], _METHOD] = "last"
     """Whether the latent weights are projected before or after their step (stam)."""
     penalty: Annotated[tuple[Annotated[float, _POSITIVE], Annotated[float, _POSITIVE]], _METHOD] = (1e-3, 1e3)

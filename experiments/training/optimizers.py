@@ -11,7 +11,6 @@ import optax
 
 import stam_jax
 from experiments.config import SettingsError, TrainSettings
-from experiments.training import held
 from stam_jax import relaxations, schedules
 
 Quantizers = Mapping[str, stam_jax.Quantizer | None]
@@ -171,9 +170,6 @@ def _behind(
         case "linear_blend":
             # As the relaxation of BinaryRelax is in torchao.
             return functools.partial(stam_jax.stam, inertia=1.0, **common)
-    if settings.hold_rule != "none":
-        rule = functools.partial(held.held, rule=settings.hold_rule, hold=settings.hold, **common)
-        return lambda: rule()
     # With the linear relaxation and the projection last this is `stam_jax.stam`.
     return functools.partial(
         stam_jax.three_block_splitting,

@@ -185,7 +185,11 @@ def stablehlo(network: Stored) -> bytes:
         # Of constants alone XLA might compute the whole weights when it compiles, and keep those.
         whole = stam_jax.unpack(jax.lax.optimization_barrier(network.tree))
         module = nnx.merge(network.graph, whole["params"], whole["stats"], copy=True)
-        module.set_attributes(nnx.Conv, conv_general_dilated=convolutions.portable_conv_general_dilated)
+        module.set_attributes(
+            nnx.Conv,
+            conv_general_dilated=convolutions.portable_conv_general_dilated,
+            raise_if_not_found=False,  # A transformer has none.
+        )
         return module(images)
 
     (batch,) = jax.export.symbolic_shape("batch")

@@ -62,7 +62,7 @@ def build(network: Stored) -> onnx.ModelProto:
             x = _resnet(graph, module, x)
         case _:
             raise SettingsError(
-                f"--to onnx: only networks of convolutions; {network.model} goes --to stablehlo."
+                f"--to onnx: this is for networks of convolutions; {network.model} can go --to stablehlo."
             )
     _head(graph, module.head, x)
     model = helper.make_model(

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = (ROOT / "docs" / "experiments.md").read_text()
 ACCURACY = 0.8125
 
-# Networks of every part there is: convolutions, pools, shortcuts, attention, each kind of scale, a float head.
+# Networks of every part there is: convolutions, pools, both shortcuts, attention, all scales, a float head.
 NETWORKS: dict[str, dict[str, Any]] = {
     "vgg11": {"width": 0.125, "quantizer": stam_jax.Binary(axis=())},
     "resnet8": {"width": 0.5},

@@ -42,9 +42,10 @@ def stam(
     evaluate and ship that.
 
     `stam(optax.adamw(1e-3), hard_from=..., inertia=0.9999)` is the form to prefer: weight decay and moments
-    see the latent weights. `optax.chain(optax.sgd(0.1), stam(hard_from=...))` takes the step of the transforms before it.
-    `optax.MultiSteps` goes around either; inside, `hard_from` counts its micro-steps. `optax.lookahead` works
-    with neither, as a step starts from the latent weights and undoes what else has moved the parameters.
+    see the latent weights. `optax.chain(optax.sgd(0.1), stam(hard_from=...))` takes the step of the
+    transforms before it. `optax.MultiSteps` goes around either; inside, `hard_from` counts its micro-steps.
+    `optax.lookahead` works with neither, as a step starts from the latent weights and undoes what else has
+    moved the parameters.
 
     Args:
         optimizer: an Optax optimizer with its learning rate, such as `optax.adamw(1e-3)`; None for a link of

@@ -81,7 +81,7 @@ class Table:
         less = f", {self.nbytes_whole / self.nbytes:.1f} times less" if self.nbytes else ""
         lines.append(
             f"{count(quantized):,} of {count(self.rows):,} numbers in {len(quantized)} of {len(self.rows)} "
-            f"leaves are quantized."
+            "leaves are quantized."
         )
         lines.append(f"Packed, {self.nbytes_whole:,} bytes are {self.nbytes:,}{less}.")
         return "\n".join(lines)

@@ -9,6 +9,7 @@ from stam_jax import diagnostics, regularizers, relaxations, schedules, theory
 from stam_jax._admm import AdmmState, admm_quant
 from stam_jax._assignment import quantize
 from stam_jax._bop import BopState, bop
+from stam_jax._inertia import StepInertia
 from stam_jax._methods import binary_connect, binary_relax, md_tanh, parq, prox_quant, stam, stam_proximal
 from stam_jax._splitting import SplittingState, three_block_splitting
 from stam_jax._straight_through import straight_through
@@ -28,6 +29,7 @@ __all__ = [
     "PowerOfTwo",
     "Quantizer",
     "SplittingState",
+    "StepInertia",
     "Ternary",
     "Uniform",
     "admm_quant",

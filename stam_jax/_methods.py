@@ -8,6 +8,7 @@ import optax
 
 from stam_jax import _numbers, schedules
 from stam_jax._assignment import Quantizers
+from stam_jax._inertia import StepInertia
 from stam_jax._numbers import ScalarOrSchedule
 from stam_jax._splitting import three_block_splitting
 from stam_jax.quantizers import Binary
@@ -28,20 +29,20 @@ def stam(
     *,
     hard_from: int,
     quantizer: Quantizers = Binary(),
-    inertia: ScalarOrSchedule = 0.999,
+    hold: ScalarOrSchedule = 25.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""STAM with inertia, around any Optax optimizer or as a link of a chain.
 
     With u the optimizer's step, made from the latent weights v, and y the nearest quantized weights,
 
     $$w = v + u, \qquad y = P_Q(w), \qquad x = (1 - \theta_k)\,w + \theta_k\,y, \qquad
-      v \leftarrow x + \kappa\,(w - x),$$
+      v \leftarrow x + \kappa_k\,(w - x),$$
 
-    where $\theta_k$ grows in a straight line from 0 to 1 at step `hard_from`. The network runs on the relaxed
-    weights x, which the parameters hold: train as always. The quantized network is `quantize(params)`:
+    where $\theta_k$ grows in a straight line from 0 to 1 at step `hard_from`, and the inertia $\kappa_k$ a
+    little below 1 follows from the size of the steps, `StepInertia`. The network runs on the relaxed weights x, which the parameters hold: train as always. The quantized network is `quantize(params)`:
     evaluate and ship that.
 
-    `stam(optax.adamw(1e-3), hard_from=..., inertia=0.9999)` is the form to prefer: weight decay and moments
+    `stam(optax.adamw(1e-3), hard_from=...)` is the form to prefer: weight decay and moments
     see the latent weights. `optax.chain(optax.sgd(0.1), stam(hard_from=...))` takes the step of the
     transforms before it. `optax.MultiSteps` goes around either; inside, `hard_from` counts its micro-steps.
     `optax.lookahead` works with neither, as a step starts from the latent weights and undoes what else has
@@ -63,11 +64,10 @@ def stam(
               functions for schedules: give it `static_args=("quantizer",)`.
 
             `tabulate(params, quantizer)` shows the outcome. Give the same to `quantize` and `pack`.
-        inertia: $\kappa$ in [0, 1], a number or a schedule: the share of w - x carried into the next step. A
-            little below 1 it keeps signs from turning with the noise, which lets the step size be held high.
-            The default was chosen behind SGD with a learning rate of 0.1; signs freeze once $1 - \kappa$
-            exceeds the size of a step relative to the weights, so small steps want more: 0.9999 behind Adam
-            at 1e-3.
+        hold: how firmly signs are held against the noise, which lets the step size be held high: $1 - \kappa$
+            relative to the square of the steps' mean size, which is relative to the weights. A number of no
+            unit or a schedule; 0 does not hold them. The default suits a momentum of 0.9, as of Adam; without
+            momentum a twentieth of it is as firm.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` whose state is a `SplittingState`; its `update` needs the
@@ -102,7 +102,7 @@ def stam(
         name="stam",
         quantizer=quantizer,
         relaxation=LinearBlend(schedules.linear_to_hard(hard_from)),
-        inertia=inertia,
+        inertia=StepInertia(hold),
     )
 
 

@@ -9,6 +9,7 @@ import optax
 
 from stam_jax import _assignment, _numbers, _paths
 from stam_jax._assignment import Quantizers
+from stam_jax._inertia import StepInertia, relative_step
 from stam_jax._numbers import ScalarOrSchedule
 from stam_jax.quantizers import Quantizer, levels_of, nearest, wide
 from stam_jax.regularizers import Regularizer
@@ -23,11 +24,14 @@ class SplittingState(NamedTuple):
         latent: the latent weights v in float32 at least, a tree like the parameters with an
             `optax.MaskedNode` at each leaf that is not quantized; None with an inertia of 0, where v is the
             parameters themselves.
+        relative_step: the mean so far of the steps relative to the weights, a scalar; None unless the inertia
+            follows from it.
         inner: the state of the optimizer inside.
     """
 
     count: jax.Array
     latent: Any
+    relative_step: Any
     inner: Any
 
 
@@ -36,7 +40,7 @@ def three_block_splitting(
     *,
     quantizer: Quantizers,
     relaxation: Relaxation,
-    inertia: ScalarOrSchedule,
+    inertia: ScalarOrSchedule | StepInertia,
     project: Literal["first", "last"] = "last",
     regularizer: Regularizer | None = None,
     regularizer_step: ScalarOrSchedule = 1.0,
@@ -64,7 +68,7 @@ def three_block_splitting(
         inertia: $\kappa$ in [0, 1]. A step starts from v, so above 0 it undoes what else has moved the
             parameters. The number 0 makes x the latent weights, which takes no copy of them; 1 leaves the
             latent weights to the optimizer alone. It, and the numbers below, may be schedules: functions of
-            the step count, from 0.
+            the step count, from 0. A `StepInertia` follows from the size of the steps.
         project: where y and z are found: `"first"` at v, free of the noise of this step, or `"last"` after
             the step, so that the network trained in a hard phase is the one that ships.
         regularizer: h, such as `regularizers.Box(1.0)`; None for none.
@@ -100,7 +104,9 @@ def three_block_splitting(
     inner = inside(name, optax.identity() if optimizer is None else optimizer)
     _assignment.check_quantizer(name, quantizer)
     _numbers.check_has(name, "relaxation", relaxation, "at")
-    _numbers.check(name, "inertia", inertia, high=1.0)
+    follows_steps = isinstance(inertia, StepInertia)
+    if not follows_steps:
+        _numbers.check(name, "inertia", inertia, high=1.0)
     if project not in ("first", "last"):
         raise ValueError(f"{name}: project must be 'first' or 'last'; got {project!r}.")
     if regularizer is not None:
@@ -115,7 +121,8 @@ def three_block_splitting(
         latent = _paths.holding(params, latents(params, quantizers)) if keeps_latent else None
         # Copies of its own for the optimizer, which may keep them: an alias could not be donated.
         seen = _paths.replaced(params, latents(params, quantizers))
-        return SplittingState(jnp.zeros([], jnp.int32), latent, inner.init(seen))
+        typical = jnp.zeros([]) if follows_steps else None
+        return SplittingState(jnp.zeros([], jnp.int32), latent, typical, inner.init(seen))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, SplittingState]:
         check_state(name, state, SplittingState)
@@ -125,7 +132,8 @@ def three_block_splitting(
         latent = kept(name, state.latent, weights, quantizers if keeps_latent else {})
         v = latent if keeps_latent else widened(weights, quantizers)
         at = lambda value: _numbers.at(value, state.count)
-        kappa, relax = at(inertia), relaxation.at(state.count)
+        relax, typical = relaxation.at(state.count), state.relative_step
+        kappa = inertia.at(state.count, typical) if isinstance(inertia, StepInertia) else at(inertia)
         step, (share_w, share_z) = at(regularizer_step), shares(at(regularizer_strength))
 
         def iterate(q: Quantizer, v: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -142,13 +150,18 @@ def three_block_splitting(
 
         d = _paths.replaced(updates, {path: gradients[path].astype(v[path].dtype) for path in quantizers})
         steps, inner_state = inner.update(d, state.inner, _paths.replaced(params, v), **extra_args)
-        u = _paths.named_leaves(steps)
-        reached = {path: iterate(q, v[path], u[path].astype(v[path].dtype)) for path, q in quantizers.items()}
+        taken = _paths.named_leaves(steps)
+        u = {path: taken[path].astype(v[path].dtype) for path in quantizers}
+        reached = {path: iterate(q, v[path], u[path]) for path, q in quantizers.items()}
+        if follows_steps:
+            now = relative_step(u, {path: v[path] + u[path] for path in u})
+            typical += ((now - typical) / (state.count + 1)).astype(typical.dtype)
         moves = {path: move(weights[path], x) for path, (x, _) in reached.items()}
         latent = {path: new.astype(v[path].dtype) for path, (_, new) in reached.items()}
         return _paths.replaced(steps, moves), SplittingState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             latent=_paths.replaced(state.latent, latent) if keeps_latent else None,
+            relative_step=typical,
             inner=inner_state,
         )
 

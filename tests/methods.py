@@ -37,7 +37,7 @@ Method = Callable[..., optax.GradientTransformationExtraArgs]
 
 
 def inertial(optimizer: Optimizer = None, **settings: Any) -> optax.GradientTransformationExtraArgs:
-    return stam(optimizer, hard_from=HARD_FROM, inertia=0.99, **settings)
+    return stam(optimizer, hard_from=HARD_FROM, **settings)
 
 
 def proximal(optimizer: Optimizer = None, **settings: Any) -> optax.GradientTransformationExtraArgs:

@@ -1,0 +1,58 @@
+"""An inertia that follows from the size of the optimizer's steps, so that it has no unit."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from stam_jax import _numbers
+from stam_jax._numbers import ScalarOrSchedule
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInertia:
+    r"""The inertia that holds signs against the noise of steps, whatever their size.
+
+    With $\bar r_k$ the mean of the relative steps $r_0, \dots, r_{k-1}$ so far,
+
+    $$\kappa_k = 1 - \min(\mathrm{hold} \cdot \bar r_k^2,\; 1), \qquad r_k = \frac{1}{n} \sum_{\text{leaves}}
+      n_{\text{leaf}} \frac{\mathrm{mean}|u|}{\mathrm{mean}|w|} .$$
+
+    The square is that of noise: in the $1/(1 - \kappa)$ steps that the latent weights remember, noise carries
+    them by $|u|/\sqrt{1 - \kappa}$ and more, and a sign is held if that is less than the size of a weight. One
+    number is found for all leaves, before the step that it acts on.
+
+    Args:
+        hold: how firmly signs are held, of no unit, from 0 (an inertia of 1); a number or a schedule of the
+            step count. Steps that are alike carry weights further, so it goes with the momentum.
+
+    Raises:
+        ValueError: if `hold` is a number below 0 or not finite.
+
+    Example:
+        >>> from stam_jax import StepInertia
+        >>> print(f"{StepInertia(hold=25.0).at(0, 0.01):.4f}")
+        0.9975
+    """
+
+    hold: ScalarOrSchedule
+
+    def __post_init__(self):
+        _numbers.check("StepInertia", "hold", self.hold, finite=True)
+
+    def at(self, count: jax.typing.ArrayLike, relative_step: jax.typing.ArrayLike) -> jax.Array:
+        """The inertia of step `count`, after steps of a mean relative size."""
+        return 1 - jnp.clip(_numbers.at(self.hold, count) * jnp.square(relative_step), 0, 1)
+
+
+def relative_step(steps: dict[str, jax.Array], weights: dict[str, jax.Array]) -> jax.Array:
+    """The size |u| of a step relative to the mean |w| of its leaf, on average over all weights."""
+    total = max(sum(w.size for w in weights.values()), 1)
+
+    def of_leaf(u: jax.Array, w: jax.Array) -> jax.Array:
+        size = jnp.mean(jnp.abs(w))
+        return jnp.where(size > 0, jnp.mean(jnp.abs(u)) / jnp.where(size > 0, size, 1), 0)
+
+    return sum(
+        (w.size / total * of_leaf(steps[path], w) for path, w in weights.items() if w.size), jnp.zeros([])
+    )

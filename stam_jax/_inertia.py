@@ -18,9 +18,9 @@ class StepInertia:
     $$\kappa_k = 1 - \min(\mathrm{hold} \cdot \bar r_k^2,\; 1), \qquad r_k = \frac{1}{n} \sum_{\text{leaves}}
       n_{\text{leaf}} \frac{\mathrm{mean}|u|}{\mathrm{mean}|w|} .$$
 
-    The square is that of noise: in the $1/(1 - \kappa)$ steps that the latent weights remember, noise carries
-    them by $|u|/\sqrt{1 - \kappa}$ and more, and a sign is held if that is less than the size of a weight. One
-    number is found for all leaves, before the step that it acts on.
+    The square is that of noise: over the $1/(1 - \kappa)$ steps that the latent weights remember, noise
+    carries them by $|u|/\sqrt{1 - \kappa}$ and more, and a sign is held where that is less than the size of a
+    weight. There is one number for all leaves, known before the step that it acts on.
 
     Args:
         hold: how firmly signs are held, of no unit, from 0 (an inertia of 1); a number or a schedule of the

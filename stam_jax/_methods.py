@@ -38,8 +38,9 @@ def stam(
     $$w = v + u, \qquad y = P_Q(w), \qquad x = (1 - \theta_k)\,w + \theta_k\,y, \qquad
       v \leftarrow x + \kappa_k\,(w - x),$$
 
-    where $\theta_k$ grows in a straight line from 0 to 1 at step `hard_from`, and the inertia $\kappa_k$ a
-    little below 1 follows from the size of the steps, `StepInertia`. The network runs on the relaxed weights x, which the parameters hold: train as always. The quantized network is `quantize(params)`:
+    where $\theta_k$ grows in a straight line from 0 to 1 at step `hard_from`, and the inertia $\kappa_k$, a
+    little below 1, follows from the size of the steps as in `StepInertia`. The network runs on the relaxed
+    weights x, which the parameters hold: train as always. The quantized network is `quantize(params)`:
     evaluate and ship that.
 
     `stam(optax.adamw(1e-3), hard_from=...)` is the form to prefer: weight decay and moments
@@ -97,6 +98,7 @@ def stam(
         project's own, docs/theory.md.
     """
     _numbers.check_steps("stam", ("hard_from", hard_from, 0))
+    _numbers.check("stam", "hold", hold, finite=True)
     return three_block_splitting(
         optimizer,
         name="stam",

@@ -40,6 +40,14 @@ def inertial(optimizer: Optimizer = None, **settings: Any) -> optax.GradientTran
     return stam(optimizer, hard_from=HARD_FROM, **settings)
 
 
+def blended(
+    optimizer: Optimizer = None, *, hard_from: Any, inertia: Any, quantizer: Any = Binary()
+) -> optax.GradientTransformationExtraArgs:
+    """`stam` with an inertia that is a number or a schedule."""
+    blend = relaxations.LinearBlend(schedules.linear_to_hard(hard_from))
+    return three_block_splitting(optimizer, quantizer=quantizer, relaxation=blend, inertia=inertia)
+
+
 def proximal(optimizer: Optimizer = None, **settings: Any) -> optax.GradientTransformationExtraArgs:
     """`stam_proximal` multiplies by minus its learning rate, which the optimizer's step has in it already."""
     growing = schedules.geometric(5e-5, growth=2.0, every=STEPS // 16)

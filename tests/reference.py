@@ -123,6 +123,23 @@ def general(
     return advance
 
 
+def held(eta: Number, *, hard_from: int, hold: Number, axis: Axis = -1) -> Advance:
+    """STAM on a single quantized leaf: a linear blend whose inertia follows from the steps before."""
+    sizes: list[float] = []
+
+    def advance(v: Array, d: Array, k: int) -> tuple[Array, Array]:
+        u = -at(eta, k) * d
+        w = v + u
+        typical = sum(sizes) / len(sizes) if sizes else 0.0
+        kappa = 1 - min(at(hold, k) * typical**2, 1.0)
+        sizes.append(np.mean(np.abs(u)) / np.mean(np.abs(w)))
+        theta = min(k / hard_from, 1.0)
+        x = (1 - theta) * w + theta * project(w, axis)
+        return x, x + kappa * (w - x)
+
+    return advance
+
+
 def binary_connect(eta: Number, *, clip: float, axis: Axis = -1, scale: float | None = None) -> Advance:
     """The latent weights are moved and clipped; the network runs on their signs."""
 

@@ -32,6 +32,7 @@ from stam_jax import (
     three_block_splitting,
 )
 from tests import helpers, reference
+from tests.methods import blended
 from tests.runs import ETA, PROBLEM, assert_follows, relaxed_at
 
 CHANNEL, TENSOR, SIGNS = Binary(), Binary(axis=()), Binary(scale=1.0)
@@ -57,10 +58,10 @@ def placed(method: Any, momentum: dict[str, Any]) -> Any:
 
 @pytest.mark.usefixtures("x64")
 @any_momentum
-def test_stam_blends_in_a_straight_line_and_carries_almost_all_of_the_rest(momentum):
-    theta = lambda k: min(k / 40, 1)
-    advance = reference.general(ETA, relax=reference.linear_blend(theta), kappa=0.999)
-    assert_follows(placed(partial(stam, hard_from=40), momentum), advance, **momentum)
+@pytest.mark.parametrize("hold", [25.0, 1e4, lambda k: 10.0 * k], ids=["25", "clipped", "schedule"])
+def test_stam_blends_in_a_straight_line_with_an_inertia_that_follows_from_the_steps(momentum, hold):
+    advance = reference.held(ETA, hard_from=40, hold=hold)
+    assert_follows(placed(partial(stam, hard_from=40, hold=hold), momentum), advance, **momentum)
 
 
 def test_stam_is_hard_from_the_step_that_is_named_and_not_before():
@@ -246,13 +247,13 @@ L1, BOX = regularizers.L1(0.3), regularizers.Box(0.4)
 BLEND = relaxations.LinearBlend(schedules.linear_to_hard(8))
 # The settings that version 0.1 ran with, as they are written now, and what was quantized how.
 NOW: dict[str, tuple[Any, Binary]] = {
-    "stam": (stam(STEP, hard_from=8, inertia=0.9), CHANNEL),
+    "stam": (blended(STEP, hard_from=8, inertia=0.9), CHANNEL),
     "stam_proximal": (stam_proximal(falling, rising), CHANNEL),
     "stam_proximal_regularized": (
         stam_proximal(falling, rising, regularizer=L1, regularizer_penalty=2.0),
         CHANNEL,
     ),
-    "linear_blend": (stam(STEP, hard_from=8, inertia=1.0), CHANNEL),
+    "linear_blend": (stam(STEP, hard_from=8, hold=0.0), CHANNEL),
     "box_in_the_loop": (
         three_block_splitting(STEP, quantizer=CHANNEL, relaxation=BLEND, inertia=0.9, regularizer=BOX),
         CHANNEL,
@@ -325,7 +326,7 @@ TORCHAO: dict[str, Any] = json.loads(Path(__file__).with_name("torchao.json").re
 TORCHAO.pop("what")
 LINKS: dict[str, Any] = {
     "parq": partial(parq, hard_from=40),
-    "binary_relax": partial(stam, hard_from=40, inertia=1),
+    "binary_relax": partial(stam, hard_from=40, hold=0),
     "hard": partial(binary_connect, clip=math.inf),
 }
 
@@ -358,7 +359,7 @@ def test_it_makes_the_iterates_of_torchao(name, form):
         (stam, {"hard_from": -1}, "stam: hard_from"),
         (stam, {"hard_from": math.inf}, "stam: hard_from"),
         (stam, {"hard_from": 0.75}, "stam: hard_from must be a whole number of steps"),
-        (stam, {"hard_from": 1, "inertia": 1.5}, "stam: inertia"),
+        (stam, {"hard_from": 1, "hold": -1.0}, "stam: hold"),
         (binary_relax, {"growth_every": 0, "hard_from": 1}, "binary_relax: growth_every"),
         (binary_relax, {"growth_every": 1, "hard_from": -1}, "binary_relax: hard_from"),
         (binary_relax, {"growth_every": 1, "hard_from": 1, "growth": 0.5}, "binary_relax: growth"),

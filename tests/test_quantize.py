@@ -122,7 +122,7 @@ WRAPPED = {
     ),
     "masked": optax.chain(optax.masked(make(SGD), BODY), optax.masked(make(SGD), HEAD)),
     "multi-steps": optax.MultiSteps(make(SGD), every_k_schedule=2),
-    "injected": injected(SGD, hard_from=HARD_FROM, quantizer=QUANTIZER, inertia=0.9),
+    "injected": injected(SGD, hard_from=HARD_FROM, quantizer=QUANTIZER, hold=9.0),
     "apply-if-finite": optax.apply_if_finite(make(SGD), 3),
 }
 

@@ -17,6 +17,7 @@ from stam_jax import (
     Binary,
     LeastSquares,
     SplittingState,
+    StepInertia,
     Ternary,
     Uniform,
     admm_quant,
@@ -36,6 +37,7 @@ from stam_jax import (
 from stam_jax.regularizers import L1, Box, GroupLasso, Ridge
 from stam_jax.relaxations import Hard, LinearBlend, SquaredDistance
 from tests import helpers, reference
+from tests.methods import blended
 from tests.runs import ETA, PROBLEM, assert_follows
 
 TENSOR = Binary(axis=())
@@ -172,6 +174,39 @@ def test_an_inertia_that_is_traced_gives_what_the_number_gives():
         assert state.latent is not None
 
 
+def test_the_inertia_goes_with_the_square_of_the_mean_of_the_relative_steps_of_all_weights():
+    weights = {
+        "wide": {"kernel": np.full((3, 4), 2.0, np.float32)},
+        "small": {"w": np.float32([[0.1], [-0.3]])},
+        "none": {"kernel": np.zeros((0, 2), np.float32)},
+    }
+    moves = jax.tree.map(lambda leaf: 0.01 * np.cos(np.arange(leaf.size)).reshape(leaf.shape), weights)
+    optimizer = splitting(None, relaxation=LinearBlend(0.5), inertia=StepInertia(hold=40.0))
+    params, state = jax.tree.map(jnp.asarray, weights), helpers.begin(optimizer, weights)
+    sizes: list[float] = []
+    for k in range(4):
+        before = state.latent
+        steps = jax.tree.map(lambda move, k=k: jnp.asarray((k + 1) * move, jnp.float32), moves)
+        params, state = helpers.take_step(optimizer, steps, state, params)
+        kappa = 1 - 40 * np.mean(sizes) ** 2 if sizes else 1.0
+        relative = []
+        for layer, name in (("wide", "kernel"), ("small", "w")):
+            u = np.float64(steps[layer][name])
+            w = np.float64(before[layer][name]) + u
+            x = (w + reference.project(w)) / 2
+            np.testing.assert_allclose(params[layer][name], x, rtol=1e-6)
+            np.testing.assert_allclose(state.latent[layer][name], x + kappa * (w - x), rtol=1e-6)
+            relative += list(np.ravel(np.abs(u) / np.mean(np.abs(w))))
+        sizes.append(np.mean(relative))
+    assert 0.9 < kappa < 0.999
+
+
+def test_signs_that_are_not_held_have_an_inertia_of_1():
+    free, _ = helpers.train(stam(SGD, hard_from=30, hold=0.0), PROBLEM)
+    known, _ = helpers.train(blended(SGD, hard_from=30, inertia=1.0), PROBLEM)
+    np.testing.assert_allclose(free["kernel"], known["kernel"], rtol=1e-6)
+
+
 @pytest.mark.usefixtures("x64")
 def test_the_proximal_form_is_a_configuration_of_the_general_one():
     rho, tau = 2.0, 4.0
@@ -245,7 +280,7 @@ def test_a_counter_is_the_whole_state_without_inertia(zero):
 
 
 def test_the_latent_weights_are_the_one_copy_that_inertia_takes():
-    state = helpers.begin(stam(SGD, hard_from=5), PARAMS)
+    state = helpers.begin(splitting(inertia=0.5), PARAMS)
     assert [leaf.shape for leaf in jax.tree.leaves(state)] == [(), (3, 2)]
     np.testing.assert_array_equal(state.latent["kernel"], PARAMS["kernel"])
     assert isinstance(state.latent["bias"], optax.MaskedNode)
@@ -254,9 +289,8 @@ def test_the_latent_weights_are_the_one_copy_that_inertia_takes():
 def test_no_option_hides_in_a_state():
     at_first = jax.tree.structure(stam(SGD, hard_from=5).init(PARAMS))
     others = [
-        stam(SGD, hard_from=9, inertia=0.5, quantizer=Ternary()),
-        binary_connect(SGD),
-        parq(SGD, hard_from=3),
+        stam(SGD, hard_from=9, hold=5.0, quantizer=Ternary()),
+        stam(SGD, hard_from=5, hold=lambda count: 0.0),
     ]
     assert {jax.tree.structure(other.init(PARAMS)) for other in others} == {at_first}
     state = helpers.begin(stam(optax.adam(ETA), hard_from=5), PARAMS)
@@ -326,7 +360,7 @@ def test_no_schedule_makes_jit_trace_again():
     regularized = {"regularizer": Ridge(0.1), "regularizer_penalty": moving(1.0, 5.0)}
     optimizers = (
         stam_proximal(moving(0.1, 0.0), moving(0.0, 9.0), **regularized),
-        stam(optax.sgd(moving(0.1, 0.0)), hard_from=5, inertia=moving(1.0, 0.0)),
+        stam(optax.sgd(moving(0.1, 0.0)), hard_from=5, hold=moving(0.0, 25.0)),
         splitting(
             optax.sgd(moving(0.1, 0.0)),
             relaxation=SquaredDistance(moving(0.0, 9.0)),
@@ -409,7 +443,7 @@ def test_the_moments_of_quantized_leaves_are_in_float32(dtype):
 def test_the_weight_decay_of_adamw_acts_on_latent_weights_around_it_and_on_relaxed_ones_behind_it(form):
     rate, decay, kappa, hard_from, steps = 0.05, 0.4, 0.9, 20, 30
     adamw = optax.adamw(rate, weight_decay=decay)
-    link = partial(stam, hard_from=hard_from, inertia=kappa)
+    link = partial(blended, hard_from=hard_from, inertia=kappa)
     optimizer = link(adamw) if form == "around" else optax.chain(adamw, link())
     gradient = lambda x, k: np.cos(0.9 * k + 3 * x)
 
@@ -599,7 +633,7 @@ def test_it_works_where_jax_allows_neither_nan_nor_arrays_of_different_ranks(nam
 
 
 def test_the_numbers_of_stam_can_be_injected_and_changed_without_a_new_trace():
-    injected: Any = optax.inject_hyperparams(stam)(SGD, hard_from=4, inertia=0.9)
+    injected: Any = optax.inject_hyperparams(stam)(SGD, hard_from=4, hold=9.0)
     traces = []
 
     @jax.jit
@@ -609,12 +643,11 @@ def test_the_numbers_of_stam_can_be_injected_and_changed_without_a_new_trace():
 
     params, state = PARAMS, helpers.begin(injected, PARAMS)
     expected, plain_state = PARAMS, stam(SGD, hard_from=4).init(PARAMS)
-    for hard_from, inertia in [(4, 0.9), (4, 0.9), (8, 0.5), (8, 0.0), (2, 1.0)]:
+    for hard_from, hold in [(4, 9.0), (4, 9.0), (8, 50.0), (8, 0.0), (2, 1e6)]:
         state.hyperparams["hard_from"] = jnp.asarray(hard_from, state.hyperparams["hard_from"].dtype)
-        state.hyperparams["inertia"] = jnp.asarray(inertia, jnp.float32)
+        state.hyperparams["hold"] = jnp.asarray(hold, jnp.float32)
         params, state = step(state, params)
-        # A schedule, so that there are latent weights at an inertia of 0 as well.
-        plain = stam(SGD, hard_from=hard_from, inertia=lambda k, inertia=inertia: inertia)
+        plain = stam(SGD, hard_from=hard_from, hold=hold)
         expected, plain_state = helpers.take_step(plain, GRADIENTS, plain_state, expected)
         assert_close(params, expected)
     assert len(traces) == 1
@@ -687,7 +720,7 @@ def test_steps_that_gather_small_batches_go_outside():
 
 def test_inside_every_small_batch_is_a_step_of_its_own():
     gathering = cast(Any, optax.MultiSteps(SGD, 3))
-    optimizer = stam(gathering, hard_from=4, inertia=1.0)
+    optimizer = stam(gathering, hard_from=4, hold=0.0)
     params, state = PARAMS, helpers.begin(optimizer, PARAMS)
     is_hard, latents = [], [state.latent["kernel"]]
     for _ in range(7):
@@ -824,8 +857,8 @@ def test_updates_that_do_not_fit_are_named_though_they_might_broadcast(name, upd
 
 OTHERS: dict[str, tuple[Any, Any, Any, str]] = {
     # The optimizer whose state it is, with the parameters; the optimizer that is given it; what is named.
-    "inertia for none": (stam(SGD, hard_from=5, inertia=1), PARAMS, splitting(inertia=0), "kernel"),
-    "none for inertia": (splitting(inertia=0), PARAMS, stam(SGD, hard_from=5, inertia=1), "'kernel'"),
+    "inertia for none": (splitting(inertia=1), PARAMS, splitting(inertia=0), "kernel"),
+    "none for inertia": (splitting(inertia=0), PARAMS, splitting(inertia=1), "'kernel'"),
     "a quantized leaf more": (
         stam(SGD, hard_from=5, quantizer={"a": Binary(), "b": Binary()}),
         {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))},

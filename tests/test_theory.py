@@ -436,7 +436,7 @@ def test_every_kind_of_quantizer_is_among_them():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_parameters_and_the_latent_weights_are_quantized_to_the_same_network(dtype):
     """At every step of a run whose signs turn, before the network is hard and after."""
-    optimizer = stam(optax.sgd(0.3, momentum=0.9), hard_from=30, inertia=0.9)
+    optimizer = stam(optax.sgd(0.3, momentum=0.9), hard_from=30, hold=1.0)
     start, *noise = np.random.default_rng(0).normal(size=(41, 32, 8))
 
     @helpers.quick_jit

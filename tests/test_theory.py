@@ -21,6 +21,7 @@ from stam_jax import (
     LeastSquares,
     PowerOfTwo,
     Quantizer,
+    StepInertia,
     Ternary,
     Uniform,
     diagnostics,
@@ -281,6 +282,47 @@ def test_with_inertia_the_residual_stays_under_the_bound_with_the_flip_work(name
         assert np.all(measured < allowed)
         assert np.max(measured / allowed) > 1 / 20
         assert np.all(work != 0)
+
+
+@pytest.mark.usefixtures("x64")
+@on_every_problem
+@pytest.mark.parametrize("project", ["first", "last"])
+def test_an_inertia_that_follows_from_the_steps_pays_with_the_pull_work(name, project):
+    problem, steps, penalty = pose(name), 1000, 30.0
+    eta, rule, inertia = 1 / problem.smoothness, everywhere(TENSOR), StepInertia(hold=25.0)
+    optimizer = three_block_splitting(
+        optax.sgd(eta),
+        quantizer=rule,
+        relaxation=SquaredDistance(eta * penalty),
+        inertia=inertia,
+        project=project,
+    )
+
+    def one(drawn: Any) -> Any:
+        def step(carry: Any, drawn: Any) -> Any:
+            x, state, before = carry
+            kappa = inertia.at(state.count, state.relative_step)
+            gradient, d = jax.grad(problem.loss)(x), problem.draw(x, drawn)
+            model: Any = {"penalty": (1 - before) * penalty, "quantizer": rule}
+            residual = diagnostics.residual(gradient, state, x, **model).whole.total
+            new_x, new_state = helpers.take_step(optimizer, d, state, x)
+            costs: Any = {"learning_rate": eta, "penalty": penalty, "inertia": before, "quantizer": rule}
+            flips = diagnostics.flip_work(problem.loss, d, (state, x), (new_state, new_x), **costs)
+            pull = (before - kappa) * penalty / 2 * jnp.sum((new_x - projected(new_state.latent)) ** 2)
+            return (new_x, new_state, kappa), (residual**2, flips, pull, kappa)
+
+        start: Any = (problem.start, optimizer.init(problem.start), jnp.asarray(1.0))
+        return jax.lax.scan(step, start, drawn)[1]
+
+    squares, flips, pull, kappa = compiled(problem)(jax.vmap(one))(chances(problem, SEEDS, steps))
+    moved = diagnostics.effective_step(eta, penalty=penalty)
+    fall = decrease(problem, 0.0) + np.sum(flips + pull, axis=-1)
+    allowed = 2 * fall / (moved * steps) + (problem.smoothness + penalty) * moved * problem.noise**2
+    measured = np.mean(squares, axis=-1)
+    assert np.all(measured < allowed)
+    assert np.max(measured / allowed) > 1 / 20
+    assert np.all(np.sum(pull, axis=-1) != 0)
+    assert np.ptp(kappa) > 1e-3
 
 
 @pytest.mark.usefixtures("x64")

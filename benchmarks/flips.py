@@ -45,8 +45,8 @@ RESULTS = Path(__file__).parent / "results" / "flips.json"
 # By where the next step starts: from the relaxed weights, near the latent ones, from the latent ones.
 TRIALS: dict[str, dict[str, Any]] = {
     "inertia 0": {"method": "stam_proximal"},
-    "inertia 0.999": {"method": "stam"},
-    "inertia 1": {"method": "stam", "inertia": 1.0},
+    "inertia 0.999": {"method": "linear_blend", "inertia": 0.999},
+    "inertia 1": {"method": "linear_blend"},
 }
 POINTS = (0.4, 0.6, 0.8, 0.9)
 SINGLE, LONG = 25, 100

@@ -3,9 +3,9 @@
     python -m benchmarks.holding --data-dir DIR
     python -m benchmarks.holding --data-dir DIR --optimizer adamw --learning-rate 0.001 --inertia 0.9999
 
-It trains a network with `stam` and looks at windows of a hundred steps. In a step the optimizer moves the
-latent weights by u to w, and the inertia pulls them by (1 - kappa) (w - x) toward the weights in use x. For
-each layer, as means over the window:
+It trains a network with a linear blend and looks at windows of a hundred steps. In a step the optimizer moves
+the latent weights by u to w, and the inertia pulls them by (1 - kappa) (w - x) toward the weights in use x.
+For each layer, as means over the window:
 
     step = mean |u| / mean |w|
     walk = |u_1 + ... + u_L| / (sqrt(L) |w|)        the step's noise, with what momentum makes of it
@@ -162,7 +162,7 @@ def benchmark(
         learning_rate: at the start.
         decay_from: share of the run from which on the learning rate falls linearly; by default it falls along
             a cosine.
-        inertia: of `stam`.
+        inertia: of the linear blend.
         epochs: of the run.
         batch_size: images per step.
         seed: of the run.
@@ -178,6 +178,7 @@ def benchmark(
         dataset=dataset,
         model=model,
         width=width,
+        method="linear_blend",
         optimizer=optimizer,
         learning_rate=learning_rate,
         decay_from=decay_from,

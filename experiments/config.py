@@ -171,8 +171,10 @@ class TrainSettings(Settings):
     """Seed of the initial weights, the order of the images and their augmentation."""
     relaxation: Annotated[Relaxation, _METHOD] = "linear"
     """Map from latent and quantized weights to those in use (stam)."""
-    inertia: Annotated[float, _SHARE, _METHOD] = 0.999
-    """Share of the way from the weights in use to the latent ones at which the next step starts (stam)."""
+    hold: Annotated[float, _AT_LEAST_0, _METHOD] = 25.0
+    """How firmly signs are held against the noise of steps (stam)."""
+    inertia: Annotated[float, _SHARE, _METHOD] = 1.0
+    """Share of the way from the weights in use to the latent ones at which a step starts (linear_blend)."""
     project: Annotated[Literal["first", "last"], _METHOD] = "last"
     """Whether the latent weights are projected before or after their step (stam)."""
     penalty: Annotated[tuple[Annotated[float, _POSITIVE], Annotated[float, _POSITIVE]], _METHOD] = (1e-3, 1e3)

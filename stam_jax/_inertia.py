@@ -15,12 +15,13 @@ class StepInertia:
 
     With $\bar r_k$ the mean of the relative steps $r_0, \dots, r_{k-1}$ so far,
 
-    $$\kappa_k = 1 - \min(\mathrm{hold} \cdot \bar r_k^2,\; 1), \qquad r_k = \frac{1}{n} \sum_{\text{leaves}}
-      n_{\text{leaf}} \frac{\mathrm{mean}|u|}{\mathrm{mean}|w|} .$$
+    $$\kappa_k = 1 - \min(\mathrm{hold}\;\bar r_k,\, 1/2)\;\bar r_k, \qquad
+      r_k = \frac{1}{n} \sum_{\text{leaves}} n_{\text{leaf}} \frac{\mathrm{mean}|u|}{\mathrm{mean}|w|} .$$
 
     The square is that of noise: over the $1/(1 - \kappa)$ steps that the latent weights remember, noise
     carries them by $|u|/\sqrt{1 - \kappa}$ and more, and a sign is held where that is less than the size of a
-    weight. There is one number for all leaves, known before the step that it acts on.
+    weight. The pull is at most half of a typical step, so steps that keep their direction turn any sign. All
+    leaves have the same inertia, which is known before the step that it acts on.
 
     Args:
         hold: how firmly signs are held, of no unit, from 0 (an inertia of 1); a number or a schedule of the
@@ -42,7 +43,8 @@ class StepInertia:
 
     def at(self, count: jax.typing.ArrayLike, relative_step: jax.typing.ArrayLike) -> jax.Array:
         """The inertia of step `count`, after steps of a mean relative size."""
-        return 1 - jnp.clip(_numbers.at(self.hold, count) * jnp.square(relative_step), 0, 1)
+        pull = jnp.minimum(_numbers.at(self.hold, count) * relative_step, 0.5) * relative_step
+        return 1 - jnp.minimum(pull, 1)
 
 
 def relative_step(steps: dict[str, jax.Array], weights: dict[str, jax.Array]) -> jax.Array:

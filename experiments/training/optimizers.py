@@ -167,20 +167,20 @@ def _behind(
         case "md_tanh":
             growth = 100 ** (epoch / hard_from)
             return functools.partial(stam_jax.md_tanh, growth=growth, growth_every=epoch, **common)
-        case "linear_blend":
-            # As the relaxation of BinaryRelax is in torchao.
-            return functools.partial(stam_jax.stam, inertia=1.0, **common)
-    # With the linear relaxation and the projection last this is `stam_jax.stam`.
+    # With the linear relaxation and the projection last this is `stam_jax.stam`; with a fixed inertia of 1 in
+    # the place of its own, the relaxation of BinaryRelax as torchao has it.
+    is_stam = settings.method == "stam"
     return functools.partial(
         stam_jax.three_block_splitting,
         relaxation=_relaxation(settings, hard_from),
-        inertia=settings.inertia,
+        inertia=stam_jax.StepInertia(settings.hold) if is_stam else settings.inertia,
         project=settings.project,
         quantizer=quantizer,
     )
 
 
-_METHOD_OF = dict.fromkeys(("relaxation", "inertia", "project"), "stam") | {
+_METHOD_OF = dict.fromkeys(("relaxation", "hold", "project"), "stam") | {
+    "inertia": "linear_blend",
     "penalty": "stam_proximal",
     "threshold": "prox_quant",
 }

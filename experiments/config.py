@@ -171,7 +171,7 @@ class TrainSettings(Settings):
     """Seed of the initial weights, the order of the images and their augmentation."""
     relaxation: Annotated[Relaxation, _METHOD] = "linear"
     """Map from latent and quantized weights to those in use (stam)."""
-    hold: Annotated[float, _AT_LEAST_0, _METHOD] = 25.0
+    hold: Annotated[float, _AT_LEAST_0, _METHOD] = 16.0
     """How firmly signs are held against the noise of steps (stam)."""
     inertia: Annotated[float, _SHARE, _METHOD] = 1.0
     """Share of the way from the weights in use to the latent ones at which a step starts (linear_blend)."""

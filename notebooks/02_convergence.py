@@ -247,7 +247,7 @@ plt.show()
 # With more inertia more signs flip, and the loss comes close to the lowest there is. Inertia also weakens
 # the pull, to that of $(1 - \kappa)\rho$; on problems like this one a smaller $\rho$ alone does as well, on
 # others it does not: [the theory](../docs/theory.md#what-runs-show) has a table. The inertia of `stam` is
-# close to 1 by default.
+# close to 1, and follows from the size of the steps.
 #
 # Theorem 1 does not cover inertia. [Theorem 2](../docs/theory.md#theorem-2-inertia) does, with a bound that
 # needs measurements of the run itself (`diagnostics.flip_work`). Neither covers `stam` as it is used, which

@@ -131,8 +131,7 @@ print(tabulate(params, binary))
 # %% [markdown]
 # ## Training, with baselines
 #
-# `train` is an ordinary training loop and takes any Optax optimizer. `stam` goes around Adam here. Adam
-# takes small steps, so the inertia is closer to 1 than its default.
+# `train` is an ordinary training loop and takes any Optax optimizer. `stam` goes around Adam here.
 #
 # The baselines are Adam alone, which trains in floating point, and the
 # [straight-through estimator](../docs/methods.md#straight_through) around the same Adam, with the same
@@ -188,7 +187,7 @@ def report(name, model, losses, quantizer):
 for name, optimizer, quantizer in (
     ("float", adam, None),
     ("straight-through", straight_through(adam, clip=float("inf"), quantizer=binary), binary),
-    ("stam", stam(adam, hard_from=HARD_FROM, quantizer=binary, inertia=0.9999), binary),
+    ("stam", stam(adam, hard_from=HARD_FROM, quantizer=binary), binary),
 ):
     report(name, *train(optimizer), quantizer)
 

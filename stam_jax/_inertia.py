@@ -15,25 +15,25 @@ class StepInertia:
 
     With $\bar r_k$ the mean of the relative steps $r_0, \dots, r_{k-1}$ so far,
 
-    $$\kappa_k = 1 - \min(\mathrm{hold}\;\bar r_k,\, 1/2)\;\bar r_k, \qquad
+    $$\kappa_k = 1 - \min(\mathrm{hold}\;\bar r_k,\, 1/4)\;\bar r_k, \qquad
       r_k = \frac{1}{n} \sum_{\text{leaves}} n_{\text{leaf}} \frac{\mathrm{mean}|u|}{\mathrm{mean}|w|} .$$
 
     The square is that of noise: over the $1/(1 - \kappa)$ steps that the latent weights remember, noise
     carries them by $|u|/\sqrt{1 - \kappa}$ and more, and a sign is held where that is less than the size of a
-    weight. The pull is at most half of a typical step, so steps that keep their direction turn any sign. All
-    leaves have the same inertia, which is known before the step that it acts on.
+    weight. The pull is at most a quarter of a typical step, so steps that keep their direction turn any
+    sign. All leaves have the same inertia, which is known before the step that it acts on.
 
     Args:
-        hold: how firmly signs are held, of no unit, from 0 (an inertia of 1); a number or a schedule of the
-            step count. Steps that are alike carry weights further, so it goes with the momentum.
+        hold: how firmly signs are held, a number without a unit, from 0 (an inertia of 1), or a schedule of
+            the step count.
 
     Raises:
         ValueError: if `hold` is a number below 0 or not finite.
 
     Example:
         >>> from stam_jax import StepInertia
-        >>> print(f"{StepInertia(hold=25.0).at(0, 0.01):.4f}")
-        0.9975
+        >>> print(f"{StepInertia(hold=16.0).at(0, 0.01):.4f}")
+        0.9984
     """
 
     hold: ScalarOrSchedule
@@ -43,7 +43,7 @@ class StepInertia:
 
     def at(self, count: jax.typing.ArrayLike, relative_step: jax.typing.ArrayLike) -> jax.Array:
         """The inertia of step `count`, after steps of a mean relative size."""
-        pull = jnp.minimum(_numbers.at(self.hold, count) * relative_step, 0.5) * relative_step
+        pull = jnp.minimum(_numbers.at(self.hold, count) * relative_step, 0.25) * relative_step
         return 1 - jnp.minimum(pull, 1)
 
 

@@ -29,7 +29,7 @@ def stam(
     *,
     hard_from: int,
     quantizer: Quantizers = Binary(),
-    hold: ScalarOrSchedule = 25.0,
+    hold: ScalarOrSchedule = 16.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""STAM with inertia, around any Optax optimizer or as a link of a chain.
 
@@ -65,10 +65,9 @@ def stam(
               functions for schedules: give it `static_args=("quantizer",)`.
 
             `tabulate(params, quantizer)` shows the outcome. Give the same to `quantize` and `pack`.
-        hold: how firmly signs are held against the noise, which lets the step size be held high: $1 - \kappa$
-            relative to the square of the steps' mean size, which is relative to the weights. A number of no
-            unit or a schedule; 0 does not hold them. The default suits a momentum of 0.9, as of Adam; without
-            momentum a twentieth of it is as firm.
+        hold: how firmly signs are held against the noise of the steps, which lets the step size be held
+            high: a number from 0 (they are not held), or a schedule. It has no unit, and the default suits
+            steps of any size; it was chosen behind SGD with momentum 0.9, and AdamW. See `StepInertia`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` whose state is a `SplittingState`; its `update` needs the

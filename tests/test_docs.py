@@ -93,8 +93,6 @@ def test_the_defaults_are_those_of_the_table(method):
     defaults = inspect.signature(getattr(stam_jax, method)).parameters
     cells = METHOD_ROWS[method]
     assert defaults["quantizer"].default == eval(in_code(cells["default quantizer"]), vars(stam_jax).copy())
-    if "inertia" in defaults:
-        assert defaults["inertia"].default == float(cells["inertia"])
 
 
 def test_the_state_of_the_general_iteration_is_none_without_inertia():

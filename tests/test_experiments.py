@@ -283,7 +283,7 @@ _COSINE = optax.cosine_decay_schedule(0.1, 20)
     ids=lambda value: " ".join(value),
 )
 def test_the_settings_of_stam_are_arguments_of_the_engine(settings, arguments):
-    arguments = {"inertia": stam_jax.StepInertia(25.0)} | arguments
+    arguments = {"inertia": stam_jax.StepInertia(16.0)} | arguments
     blend = relaxations.LinearBlend(lambda k: jnp.minimum(k / 15, 1))
     expected = stam_jax.three_block_splitting(
         optax.sgd(_COSINE), quantizer=stam_jax.Binary(), relaxation=blend, **arguments
@@ -373,7 +373,7 @@ def _stam_by_hand(count: int) -> np.ndarray:
         trace = d + 0.9 * trace
         w = v - 0.05 * (1 + np.cos(np.pi * k / 20)) * (d + 0.9 * trace)
         typical = np.mean(sizes) if sizes else 0.0
-        kappa = 1 - min(25 * typical, 0.5) * typical
+        kappa = 1 - min(16 * typical, 0.25) * typical
         sizes.append(np.mean(np.abs(w - v)) / np.mean(np.abs(w)))
         blend, y = min(k / 15, 1), np.where(w < 0, -1, 1) * np.abs(w).mean(0)
         x = (1 - blend) * w + blend * y

@@ -181,7 +181,7 @@ def test_the_inertia_goes_with_the_square_of_the_mean_of_the_relative_steps_of_a
         "none": {"kernel": np.zeros((0, 2), np.float32)},
     }
     moves = jax.tree.map(lambda leaf: 0.01 * np.cos(np.arange(leaf.size)).reshape(leaf.shape), weights)
-    optimizer = splitting(None, relaxation=LinearBlend(0.5), inertia=StepInertia(hold=40.0))
+    optimizer = splitting(None, relaxation=LinearBlend(0.5), inertia=StepInertia(hold=20.0))
     params, state = jax.tree.map(jnp.asarray, weights), helpers.begin(optimizer, weights)
     sizes: list[float] = []
     for k in range(4):
@@ -189,7 +189,7 @@ def test_the_inertia_goes_with_the_square_of_the_mean_of_the_relative_steps_of_a
         steps = jax.tree.map(lambda move, k=k: jnp.asarray((k + 1) * move, jnp.float32), moves)
         params, state = helpers.take_step(optimizer, steps, state, params)
         typical = np.mean(sizes) if sizes else 0.0
-        kappa = 1 - min(40 * typical, 0.5) * typical
+        kappa = 1 - min(20 * typical, 0.25) * typical
         relative = []
         for layer, name in (("wide", "kernel"), ("small", "w")):
             u = np.float64(steps[layer][name])
@@ -199,13 +199,13 @@ def test_the_inertia_goes_with_the_square_of_the_mean_of_the_relative_steps_of_a
             np.testing.assert_allclose(state.latent[layer][name], x + kappa * (w - x), rtol=1e-6)
             relative += list(np.ravel(np.abs(u) / np.mean(np.abs(w))))
         sizes.append(np.mean(relative))
-    assert 40 * sizes[0] < 0.5 < 40 * typical
+    assert 20 * sizes[0] < 0.25 < 20 * typical
 
 
 @pytest.mark.parametrize("size", [1e-3, 0.03, 0.3])
 def test_steps_that_keep_their_direction_turn_signs_and_noise_does_not_whatever_their_size(size):
     """Of 50 weights half take steps that go to and fro, half steps of the same size in one direction."""
-    optimizer = splitting(None, inertia=StepInertia(hold=25.0))
+    optimizer = splitting(None, inertia=StepInertia(hold=16.0))
     params, settled = {"kernel": jnp.ones((50, 1))}, round(4 / size)
 
     def step(carry: Any, k: Any) -> Any:

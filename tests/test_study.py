@@ -169,7 +169,10 @@ def test_every_study_that_was_not_run_can_be_read(name):
 
 
 # Of settings that this version has not got any more.
-EARLIER = {"annealing", "annealing_longer", "blocks", "penalty", "proportional", "pull", "weighted"}
+EARLIER = {
+    "annealing", "annealing_longer", "blend", "blocks", "cooling", "digits", "few_images", "inertia",
+    "penalty", "proportional", "pull", "relaxation", "rivals", "tuning", "weighted", "width",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("folder", results.folders(pages.RESULTS, studies=True), ids=lambda path: path.name)

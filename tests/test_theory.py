@@ -289,7 +289,7 @@ def test_with_inertia_the_residual_stays_under_the_bound_with_the_flip_work(name
 @pytest.mark.parametrize("project", ["first", "last"])
 def test_an_inertia_that_follows_from_the_steps_pays_with_the_pull_work(name, project):
     problem, steps, penalty = pose(name), 1000, 30.0
-    eta, rule, inertia = 1 / problem.smoothness, everywhere(TENSOR), StepInertia(hold=25.0)
+    eta, rule, inertia = 1 / problem.smoothness, everywhere(TENSOR), StepInertia(hold=16.0)
     optimizer = three_block_splitting(
         optax.sgd(eta),
         quantizer=rule,

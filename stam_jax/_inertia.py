@@ -49,12 +49,8 @@ class StepInertia:
 
 def relative_step(steps: dict[str, jax.Array], weights: dict[str, jax.Array]) -> jax.Array:
     """The size |u| of a step relative to the mean |w| of its leaf, on average over all weights."""
-    total = max(sum(w.size for w in weights.values()), 1)
-
-    def of_leaf(u: jax.Array, w: jax.Array) -> jax.Array:
-        size = jnp.mean(jnp.abs(w))
-        return jnp.where(size > 0, jnp.mean(jnp.abs(u)) / jnp.where(size > 0, size, 1), 0)
-
-    return sum(
-        (w.size / total * of_leaf(steps[path], w) for path, w in weights.items() if w.size), jnp.zeros([])
-    )
+    leaves = [(steps[path], w) for path, w in weights.items() if w.size]
+    size = lambda leaf: jnp.mean(jnp.abs(leaf))
+    # Leaves of zeros alone have no size that a step could be relative to.
+    parts = [w.size * size(u) / jnp.where(size(w) > 0, size(w), jnp.inf) for u, w in leaves]
+    return sum(parts, jnp.zeros([])) / max(sum(w.size for _, w in leaves), 1)

@@ -276,7 +276,7 @@ _COSINE = optax.cosine_decay_schedule(0.1, 20)
 @pytest.mark.parametrize(
     ("settings", "arguments"),
     [
-        ({"hold": 9.0}, {"inertia": stam_jax.StepInertia(9.0)}),
+        ({"hold": 0.5}, {"inertia": stam_jax.StepInertia(0.5)}),
         ({"project": "first"}, {"project": "first"}),
         ({"method": "linear_blend", "inertia": 0.9}, {"inertia": 0.9}),
     ],

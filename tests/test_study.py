@@ -170,8 +170,9 @@ def test_every_study_that_was_not_run_can_be_read(name):
 
 # Of settings that this version has not got any more.
 EARLIER = {
-    "annealing", "annealing_longer", "blend", "blocks", "cooling", "digits", "few_images", "inertia",
-    "penalty", "proportional", "pull", "relaxation", "rivals", "tuning", "weighted", "width",
+    "annealing", "annealing_longer", "blend", "blocks", "cooling", "digits", "few_images", "hold",
+    "hold_scan", "inertia", "penalty", "proportional", "pull", "relaxation", "rivals", "tuning",
+    "weighted", "width",
 }  # fmt: skip
 
 

@@ -317,10 +317,11 @@ def test_an_inertia_that_follows_from_the_steps_pays_with_the_pull_work(name, pr
     squares, flips, pull, kappa = compiled(problem)(jax.vmap(one))(chances(problem, SEEDS, steps))
     moved = diagnostics.effective_step(eta, penalty=penalty)
     fall = decrease(problem, 0.0) + np.sum(flips + pull, axis=-1)
-    allowed = 2 * fall / (moved * steps) + (problem.smoothness + penalty) * moved * problem.noise**2
+    left = (1 - np.mean(kappa, axis=-1)) * penalty  # The first pull, 0, and the last one aside.
+    allowed = 2 * fall / (moved * steps) + (problem.smoothness + left) * moved * problem.noise**2
     measured = np.mean(squares, axis=-1)
     assert np.all(measured < allowed)
-    assert np.max(measured / allowed) > 1 / 20
+    assert np.max(measured / allowed) > 1 / 50
     assert np.all(np.sum(pull, axis=-1) != 0)
     assert np.ptp(kappa) > 1e-3
 

@@ -58,7 +58,7 @@ def placed(method: Any, momentum: dict[str, Any]) -> Any:
 
 @pytest.mark.usefixtures("x64")
 @any_momentum
-@pytest.mark.parametrize("hold", [16.0, 1e4, lambda k: 10.0 * k], ids=["default", "firmest", "schedule"])
+@pytest.mark.parametrize("hold", [1.0, 1e4, lambda k: 0.1 * k], ids=["number", "firmest", "schedule"])
 def test_stam_blends_in_a_straight_line_with_an_inertia_that_follows_from_the_steps(momentum, hold):
     advance = reference.held(ETA, hard_from=40, hold=hold)
     assert_follows(placed(partial(stam, hard_from=40, hold=hold), momentum), advance, **momentum)

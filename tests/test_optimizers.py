@@ -102,7 +102,7 @@ RECIPES = {
 
 # One default suits all but one, whose average is of the latent weights as it has moved them: nothing should
 # pull at those.
-HOLD = {"schedule_free_adamw": {"hold": 0.0}}
+HOLD = dict.fromkeys(RECIPES, 16.0) | {"schedule_free_adamw": 0.0}
 
 
 def always(*fast: str, others: Any = ()) -> Any:
@@ -136,7 +136,7 @@ def assert_binary_as_good_as_float(name: str, optimizer: optax.GradientTransform
 
 @always("adamw", others=RECIPES)
 def test_a_binary_network_is_as_good_as_its_float_twin_by_any_optimizer(name):
-    optimizer = stam(RECIPES[name], hard_from=HARD_FROM, **HOLD.get(name, {}))
+    optimizer = stam(RECIPES[name], hard_from=HARD_FROM, hold=HOLD[name])
     assert_binary_as_good_as_float(name, optimizer)
 
 

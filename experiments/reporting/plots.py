@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,17 @@ def curves(path: Path, lines: Mapping[str, Sequence[Metrics]]) -> None:
     """Draw the metrics of several methods, or trials, over the epochs.
 
     A line is the mean over the seeds, and the band around it goes from the lowest to the highest. More lines
-    than a reader tells apart get a panel each.
+    than a reader tells apart get a panel each; what was measured at one epoch only is drawn side by side.
 
     Args:
         path: the picture to write; its ending says the format.
         lines: by method or trial, the metrics of each seed, a row per measured epoch.
     """
     with matplotlib.rc_context(_STYLE):
-        figure = _together(lines) if len(lines) <= _MOST else _one_by_one(lines)
+        if len({row["epoch"] for seeds in lines.values() for metrics in seeds for row in metrics}) == 1:
+            figure = _side_by_side(lines)
+        else:
+            figure = _together(lines) if len(lines) <= _MOST else _one_by_one(lines)
         figure.savefig(path, dpi=_DPI)
 
 
@@ -102,6 +106,18 @@ def _one_by_one(lines: Mapping[str, Sequence[Metrics]]) -> Figure:
     return figure
 
 
+def _side_by_side(lines: Mapping[str, Sequence[Metrics]]) -> Figure:
+    """A row for each line, of the one epoch that was measured."""
+    rows = {
+        textwrap.fill(name, 56, break_on_hyphens=False): [row for metrics in seeds for row in metrics]
+        for name, seeds in lines.items()
+    }
+    height = 0.1 + 0.14 * max(1 + name.count("\n") for name in rows)
+    figure = Figure(figsize=(_WIDTH, 0.6 + height * len(rows)), layout="constrained")
+    _spreads(figure.subplots(), rows, "accuracy on the validation images")
+    return figure
+
+
 def _axes_of_shares(axes: Any) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -147,8 +163,7 @@ def _line(
     epochs = list(points)
     means = [statistics.mean(values) for values in points.values()]
     style = {"color": color, "linestyle": dashes, "zorder": 3 if bold else 2}
-    marker = "o" if len(epochs) == 1 else None
-    axes.plot(epochs, means, linewidth=2.6 if bold else width, marker=marker, label=label, **style)
+    axes.plot(epochs, means, linewidth=2.6 if bold else width, label=label, **style)
     if band and any(len(values) > 1 for values in points.values()):
         low, high = np.array([(min(values), max(values)) for values in points.values()]).T
         axes.fill_between(epochs, low, high, color=color, alpha=0.18, linewidth=0)
@@ -196,20 +211,25 @@ def accuracies(path: Path, cells: Mapping[str, Mapping[str, Sequence[Row]]]) -> 
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(1, len(cells), sharey=True, squeeze=False)[0]
         for axes, (title, column) in zip(panels, cells.items(), strict=True):
-            for place, method in enumerate(methods):
-                rows = column.get(method, ())
-                values = [
-                    row["relaxed_accuracy" if row["hard_accuracy"] is None else "hard_accuracy"]
-                    for row in rows
-                ]
-                if not values:
-                    continue
-                color = {"float": _BLACK, "stam": _RED}.get(method, _OTHERS[0])
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                axes.plot(values, [place] * len(values), "|", color=color, alpha=0.5)
-                axes.errorbar(statistics.mean(values), place, xerr=spread, fmt="o", color=color, capsize=3)
-            axes.set(title=title, xlabel="accuracy on the test images")
-            axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-            axes.set_yticks(range(len(methods)), methods)
-        panels[0].invert_yaxis()
+            column = {method: column.get(method, ()) for method in methods}
+            _spreads(axes, column, "accuracy on the test images")
+            axes.set_title(title)
     figure.savefig(path, dpi=_DPI)
+
+
+def _spreads(axes: Any, column: Mapping[str, Sequence[Row]], label: str) -> None:
+    """A row for each name: a stroke for each accuracy, their mean, and their standard deviation."""
+    for place, (name, rows) in enumerate(column.items()):
+        values = [
+            row["relaxed_accuracy" if row["hard_accuracy"] is None else "hard_accuracy"] for row in rows
+        ]
+        if not values:
+            continue
+        color = {"float": _BLACK, "stam": _RED}.get(name, _OTHERS[0])
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        axes.plot(values, [place] * len(values), "|", color=color, alpha=0.5)
+        axes.errorbar(statistics.mean(values), place, xerr=spread, fmt="o", color=color, capsize=3)
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axes.set_yticks(range(len(column)), list(column))
+    axes.set_ylim(len(column) - 0.5, -0.5)

@@ -50,10 +50,14 @@ def methods() -> dict[str, optax.GradientTransformation]:
     """What is timed; the first is what the others are compared with."""
     sgd = optax.sgd(0.1, momentum=MOMENTUM)
     tensor = stam_jax.Binary(axis=())
+    blend = stam_jax.relaxations.LinearBlend(stam_jax.schedules.linear_to_hard(1000))
     return {
         "optax.sgd(momentum)": sgd,
         "optax.adam": optax.adam(1e-3),
         "stam(sgd), per channel": stam_jax.stam(sgd, hard_from=1000),
+        "stam(sgd), inertia of 0.999": stam_jax.three_block_splitting(
+            sgd, quantizer=stam_jax.Binary(), relaxation=blend, inertia=0.999
+        ),
         "stam(sgd), per tensor": stam_jax.stam(sgd, hard_from=1000, quantizer=tensor),
         "chain(sgd, stam)": optax.chain(sgd, stam_jax.stam(hard_from=1000)),
         "chain(trace, stam_proximal)": optax.chain(optax.trace(MOMENTUM), stam_jax.stam_proximal(0.1, 1.0)),

@@ -50,7 +50,8 @@ class StepInertia:
 def relative_step(steps: dict[str, jax.Array], weights: dict[str, jax.Array]) -> jax.Array:
     """The size |u| of a step relative to the mean |w| of its leaf, on average over all weights."""
     leaves = [(steps[path], w) for path, w in weights.items() if w.size]
-    size = lambda leaf: jnp.mean(jnp.abs(leaf))
+    # By output channel first: these means of |w| are the scales of `Binary`, which are taken already.
+    size = lambda leaf: jnp.mean(jnp.mean(jnp.abs(leaf), axis=tuple(range(leaf.ndim - 1))))
     # Leaves of zeros alone have no size that a step could be relative to.
     parts = [w.size * size(u) / jnp.where(size(w) > 0, size(w), jnp.inf) for u, w in leaves]
     return sum(parts, jnp.zeros([])) / max(sum(w.size for _, w in leaves), 1)

@@ -45,7 +45,8 @@ def stam(
 
     `stam(optax.adamw(1e-3), hard_from=...)` is the form to prefer: weight decay and moments
     see the latent weights. `optax.chain(optax.sgd(0.1), stam(hard_from=...))` takes the step of the
-    transforms before it. `optax.MultiSteps` goes around either; inside, `hard_from` counts its micro-steps.
+    transforms before it. `optax.MultiSteps` goes around either; inside `stam`, `hard_from` counts its
+    micro-steps, and signs are held less firmly.
     `optax.lookahead` works with neither, as a step starts from the latent weights and undoes what else has
     moved the parameters.
 
@@ -65,9 +66,9 @@ def stam(
               functions for schedules: give it `static_args=("quantizer",)`.
 
             `tabulate(params, quantizer)` shows the outcome. Give the same to `quantize` and `pack`.
-        hold: how firmly signs are held against the noise of the steps, which lets the step size be held
-            high: a number from 0 (they are not held), or a schedule. It has no unit, and the default suits
-            steps of any size; it was chosen behind SGD with momentum 0.9, and AdamW. See `StepInertia`.
+        hold: how firmly signs are held against the noise of the steps: a number from 0 (they are not held),
+            or a schedule. It has no unit. The default was chosen behind SGD with momentum 0.9 and AdamW, at
+            steps of 0.1% to 1% of the weights. See `StepInertia`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` whose state is a `SplittingState`; its `update` needs the

@@ -130,6 +130,11 @@ def three_block_splitting(
         quantizers = _assignment.chosen(name, quantizer, params)
         weights, gradients = _paths.named_leaves(params), _paths.named_leaves(updates)
         latent = kept(name, state.latent, weights, quantizers if keeps_latent else {})
+        if follows_steps == (state.relative_step is None):
+            raise ValueError(
+                f"{name}: the state is of another inertia: its relative_step is {state.relative_step!r}, and "
+                "must be a scalar for a StepInertia and None for any other."
+            )
         v = latent if keeps_latent else widened(weights, quantizers)
         at = lambda value: _numbers.at(value, state.count)
         relax, typical = relaxation.at(state.count), state.relative_step

@@ -152,8 +152,8 @@ def residual(
         gradients: $\nabla f(x)$, a tree like `params`.
         opt_state: an optimizer state that holds one or more `SplittingState`s, however deep.
         params: the parameters x it belongs to.
-        penalty: $\rho$ of `stam_proximal`. With inertia $\kappa$ the pull that is left is $(1 - \kappa)\rho$:
-            give that, 0 for the methods with inertia 1.
+        penalty: $\rho$ of `stam_proximal`. With inertia $\kappa$ (where it changes, that of the step before)
+            the pull that is left is $(1 - \kappa)\rho$: give that, 0 for the methods with inertia 1.
         regularizer: h of `stam_proximal`; None for none.
         regularizer_penalty: $\tau$ of `stam_proximal`, above 0 where there is a regularizer.
         quantizer: what is quantized, and how, as in `stam`.
@@ -269,7 +269,7 @@ def flip_work(
         after: `(opt_state, params)` after it.
         learning_rate: $\eta$ of `stam_proximal`.
         penalty: $\rho$ of `stam_proximal`.
-        inertia: $\kappa$.
+        inertia: $\kappa$; where it changes, that of the step before.
         quantizer: what is quantized, and how, as in `stam`.
 
     Returns:

@@ -131,8 +131,8 @@ def held(eta: Number, *, hard_from: int, hold: Number, axis: Axis = -1) -> Advan
         u = -at(eta, k) * d
         w = v + u
         typical = sum(sizes) / len(sizes) if sizes else 0.0
-        kappa = 1 - min(min(at(hold, k) * typical, 0.25) * typical, 1.0)
-        sizes.append(float(np.mean(np.abs(u)) / np.mean(np.abs(w))))
+        kappa = 1 - min(at(hold, k) * typical, 0.25) * typical
+        sizes.append(min(float(np.mean(np.abs(u)) / np.mean(np.abs(w))), 1.0))
         theta = min(k / hard_from, 1.0)
         x = (1 - theta) * w + theta * project(w, axis)
         return x, x + kappa * (w - x)

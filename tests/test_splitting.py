@@ -202,21 +202,45 @@ def test_the_inertia_goes_with_the_square_of_the_mean_of_the_relative_steps_of_a
     assert 20 * sizes[0] < 0.25 < 20 * np.mean(sizes)
 
 
-@pytest.mark.parametrize("size", [1e-3, 0.03, 0.3])
-def test_steps_that_keep_their_direction_turn_signs_and_noise_does_not_whatever_their_size(size):
-    """Of 50 weights half take steps that go to and fro, half steps of the same size in one direction."""
+def test_a_step_that_leaves_next_to_nothing_of_its_weights_counts_as_one_of_their_size():
     optimizer = splitting(None, inertia=StepInertia(hold=16.0))
-    params, settled = {"kernel": jnp.ones((50, 1))}, round(4 / size)
+    params = {"a": {"kernel": jnp.ones((3, 1))}, "b": {"kernel": jnp.ones((1, 1))}}
+    steps = {"a": {"kernel": jnp.zeros((3, 1))}, "b": {"kernel": jnp.full((1, 1), -0.9999)}}
+    _, state = optimizer.update(steps, optimizer.init(params), params)
+    assert float(state.relative_step) == pytest.approx(1 / 4)
 
-    def step(carry: Any, k: Any) -> Any:
-        noise = jnp.where(k % 4 < 2, size, -size)
-        steps = jnp.where(jnp.arange(50) < 25, noise, -size)[:, None]
-        return helpers.take_step(optimizer, {"kernel": steps}, carry[1], carry[0]), None
 
-    run = lambda carry: jax.lax.scan(step, carry, jnp.arange(settled))[0]
+def test_there_may_be_more_weights_than_an_int32_counts():
+    optimizer = stam(SGD, hard_from=5)
+    params = {"kernel": jax.ShapeDtypeStruct((80, 8192, 28672), jnp.float32)}
+    jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
+
+
+def signs_after(draw: Any, *, hold: float, steps: int) -> np.ndarray:
+    """The signs of 50 positive weights after steps that are drawn from a key."""
+    optimizer = splitting(None, inertia=StepInertia(hold=hold))
+    params = {"kernel": jnp.ones((50, 1))}
+
+    def step(carry: Any, key: Any) -> Any:
+        return helpers.take_step(optimizer, {"kernel": draw(key)}, carry[1], carry[0]), None
+
+    run = lambda carry: jax.lax.scan(step, carry, jax.random.split(jax.random.key(0), steps))[0]
     params, _ = helpers.quick_jit(run)((params, optimizer.init(params)))
-    np.testing.assert_array_equal(np.sign(params["kernel"][:25]), 1)
-    np.testing.assert_array_equal(np.sign(params["kernel"][25:]), -1)
+    return np.sign(params["kernel"])
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.03, 0.3])
+def test_steps_of_one_direction_turn_held_signs_whatever_their_size(size):
+    signs = signs_after(lambda key: jnp.full((50, 1), -size), hold=16.0, steps=round(4 / size))
+    np.testing.assert_array_equal(signs, -1)
+
+
+@pytest.mark.parametrize("size", [0.005, 0.01, 0.03])
+def test_noise_turns_signs_unless_they_are_held(size):
+    noise = lambda key: size * jax.random.rademacher(key, (50, 1), jnp.float32)
+    steps = round(2 / size**2)  # A walk of so many steps goes further than the weights are large.
+    assert np.mean(signs_after(noise, hold=0.0, steps=steps) < 0) > 0.1
+    np.testing.assert_array_equal(signs_after(noise, hold=16.0, steps=steps), 1)
 
 
 def test_signs_that_are_not_held_have_an_inertia_of_1():
@@ -877,6 +901,13 @@ OTHERS: dict[str, tuple[Any, Any, Any, str]] = {
     # The optimizer whose state it is, with the parameters; the optimizer that is given it; what is named.
     "inertia for none": (splitting(inertia=1), PARAMS, splitting(inertia=0), "kernel"),
     "none for inertia": (splitting(inertia=0), PARAMS, splitting(inertia=1), "'kernel'"),
+    "a number for a rule": (splitting(inertia=1), PARAMS, stam(SGD, hard_from=5), "relative_step is None"),
+    "a rule for a number": (
+        stam(SGD, hard_from=5),
+        PARAMS,
+        splitting(inertia=1),
+        "its relative_step is Array",
+    ),
     "a quantized leaf more": (
         stam(SGD, hard_from=5, quantizer={"a": Binary(), "b": Binary()}),
         {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))},

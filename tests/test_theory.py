@@ -297,6 +297,7 @@ def test_an_inertia_that_follows_from_the_steps_pays_with_the_pull_work(name, pr
         inertia=inertia,
         project=project,
     )
+    moved = diagnostics.effective_step(eta, penalty=penalty)
 
     def one(drawn: Any) -> Any:
         def step(carry: Any, drawn: Any) -> Any:
@@ -308,14 +309,17 @@ def test_an_inertia_that_follows_from_the_steps_pays_with_the_pull_work(name, pr
             new_x, new_state = helpers.take_step(optimizer, d, state, x)
             costs: Any = {"learning_rate": eta, "penalty": penalty, "inertia": before, "quantizer": rule}
             flips = diagnostics.flip_work(problem.loss, d, (state, x), (new_state, new_x), **costs)
-            pull = (before - kappa) * penalty / 2 * jnp.sum((new_x - projected(new_state.latent)) ** 2)
-            return (new_x, new_state, kappa), (residual**2, flips, pull, kappa)
+            q, new_q = projected(state.latent), projected(new_state.latent)
+            pull = (before - kappa) * penalty / 2 * jnp.sum((new_x - new_q) ** 2)
+            total = lambda x, q, kappa: problem.loss(x) + (1 - kappa) * penalty / 2 * jnp.sum((x - q) ** 2)
+            descended = x - moved * (d + (1 - before) * penalty * (x - q))
+            risen = total(new_x, new_q, kappa) - total(descended, q, before)
+            return (new_x, new_state, kappa), (residual**2, flips, pull, kappa, risen)
 
         start: Any = (problem.start, optimizer.init(problem.start), jnp.asarray(1.0))
         return jax.lax.scan(step, start, drawn)[1]
 
-    squares, flips, pull, kappa = compiled(problem)(jax.vmap(one))(chances(problem, SEEDS, steps))
-    moved = diagnostics.effective_step(eta, penalty=penalty)
+    squares, flips, pull, kappa, risen = compiled(problem)(jax.vmap(one))(chances(problem, SEEDS, steps))
     fall = decrease(problem, 0.0) + np.sum(flips + pull, axis=-1)
     left = (1 - np.mean(kappa, axis=-1)) * penalty  # The first pull, 0, and the last one aside.
     allowed = 2 * fall / (moved * steps) + (problem.smoothness + left) * moved * problem.noise**2
@@ -323,6 +327,7 @@ def test_an_inertia_that_follows_from_the_steps_pays_with_the_pull_work(name, pr
     assert np.all(measured < allowed)
     assert np.max(measured / allowed) > 1 / 50
     assert np.all(np.sum(pull, axis=-1) != 0)
+    np.testing.assert_allclose(flips + pull, risen, rtol=0, atol=1e-9 * np.max(np.abs(risen)))
     assert np.ptp(kappa) > 1e-3
 
 
@@ -385,21 +390,25 @@ def test_the_table_in_the_documentation_is_of_such_runs():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("project", ["first", "last"])
-@pytest.mark.parametrize("kappa", [0.0, 0.3, 0.99, 1.0])
-def test_the_iteration_can_be_told_in_x_alone(kappa, project):
-    """x+ = x - eta_hat (d + (1 - kappa) rho (x - y+)) + c (y+ - y), y_0 being x_0; in NumPy."""
+@pytest.mark.parametrize("inertia", [0.0, 0.3, 0.99, 1.0, lambda k: 0.5 + 0.4 * (-1.0) ** k])
+def test_the_iteration_can_be_told_in_x_alone(inertia: Any, project: Any):
+    """x+ = x - eta_hat (d + (1 - kappa) rho (x - y+)) + c (y+ - y), y_0 being x_0; in NumPy.
+
+    The kappa of a step is that with which the step before it has ended.
+    """
     rng = np.random.default_rng(0)
     eta, rho = 0.1, 40.0
     lam = eta * rho
-    carried = kappa * lam / (1 + lam)
-    optimizer = build(eta, rho, quantizer=Binary(), inertia=kappa, project=project)
+    kappas = [inertia(k) if callable(inertia) else inertia for k in range(60)]
+    optimizer = build(eta, rho, quantizer=Binary(), inertia=inertia, project=project)
     start = rng.normal(size=(6, 4))
     params = jnp.asarray(start)
     state = helpers.begin(optimizer, params)
     step = helpers.quick_jit(partial(helpers.take_step, optimizer))
     x = y = start
     flips = 0
-    for _ in range(60):
+    for kappa, next_kappa in zip([0.7, *kappas], kappas, strict=False):
+        carried = kappa * lam / (1 + lam)
         d = 3 * rng.normal(size=x.shape) + x - 0.3
         params, state = step(d, state, params)
         v = x + kappa * lam * (x - y)
@@ -409,10 +418,10 @@ def test_the_iteration_can_be_told_in_x_alone(kappa, project):
         y = new_y
         np.testing.assert_allclose(params, x, rtol=0, atol=1e-12)
         # The latent weights follow from x and y: w - x = lam (x - y).
-        assert (state.latent is None) == (kappa == 0)
-        if kappa > 0:
-            np.testing.assert_allclose(state.latent, x + kappa * lam * (x - y), rtol=0, atol=1e-11)
-    assert flips > 0 or kappa < 0.9
+        assert (state.latent is None) == (inertia == 0)
+        if inertia != 0:
+            np.testing.assert_allclose(state.latent, x + next_kappa * lam * (x - y), rtol=0, atol=1e-11)
+    assert flips > 0 or kappas[0] < 0.9
 
 
 # Quantizers whose projection is a nearest point of their set, but for rounding.

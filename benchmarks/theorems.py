@@ -62,7 +62,7 @@ def build(
     penalty: float,
     *,
     quantizer: Quantizer,
-    inertia: float = 0.0,
+    inertia: float | optax.Schedule = 0.0,
     project: Any = "first",
     **pulls: Any,
 ) -> optax.GradientTransformationExtraArgs:

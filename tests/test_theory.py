@@ -399,8 +399,7 @@ def test_the_iteration_can_be_told_in_x_alone(inertia: Any, project: Any):
     rng = np.random.default_rng(0)
     eta, rho = 0.1, 40.0
     lam = eta * rho
-    at = lambda k: inertia(k) if callable(inertia) else inertia
-    kappas = [float(at(k)) for k in range(60)]
+    kappas = [reference.at(inertia, k) for k in range(60)]
     optimizer = build(eta, rho, quantizer=Binary(), inertia=inertia, project=project)
     start = rng.normal(size=(6, 4))
     params = jnp.asarray(start)

@@ -633,6 +633,14 @@ def test_the_report_tells_results_of_fewer_images_apart(kept):
     assert text.count("| not run |") == 7
 
 
+def test_the_report_tells_quantizers_apart(kept):
+    run_folder.write_json(kept / "one" / "config.json", SETTINGS | {"quantizer": "ternary"})
+    text = pages.updated(_marked("comparisons"), kept.parent / "page.md", kept)
+    assert "### vgg11 on cifar10, all kernels but head ternary" in text
+    text = pages.updated(_marked("published"), kept.parent / "page.md", kept)
+    assert text.count("| not run |") == 7
+
+
 def test_the_command_writes_pages_in_place(kept, monkeypatch):
     monkeypatch.setattr(pages, "RESULTS", kept)
     page = kept.parent / "page.md"

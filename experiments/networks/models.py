@@ -214,9 +214,9 @@ class Attention(nnx.Module):
         linear = lambda: _linear(channels, channels, **options)
         self.heads, self.query, self.key, self.value, self.out = heads, linear(), linear(), linear(), linear()
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Features of shape [count, tokens, channels]."""
-        split = lambda features: features.reshape(*x.shape[:-1], self.heads, -1)
+    def __call__(self, x: jax.Array, tokens: int) -> jax.Array:
+        """Features of shape [count * tokens, channels]."""
+        split = lambda features: features.reshape(-1, tokens, self.heads, features.shape[-1] // self.heads)
         query, key, value = split(self.query(x)), split(self.key(x)), split(self.value(x))
         return self.out(jax.nn.dot_product_attention(query, key, value).reshape(x.shape))
 
@@ -231,9 +231,9 @@ class TransformerBlock(nnx.Module):
         self.first = _linear(channels, 4 * channels, **options)
         self.second = _linear(4 * channels, channels, **options)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Features of shape [count, tokens, channels]."""
-        x = x + self.attention(self.before_attention(x).astype(x.dtype))
+    def __call__(self, x: jax.Array, tokens: int) -> jax.Array:
+        """Features of shape [count * tokens, channels]."""
+        x = x + self.attention(self.before_attention(x).astype(x.dtype), tokens)
         return x + self.second(nnx.gelu(self.first(self.before_linear(x).astype(x.dtype))))
 
 
@@ -266,10 +266,12 @@ class ViT(Network):
         count, height, width, colors = x.shape
         grid = height // self.patch, width // self.patch
         x = x.reshape(count, grid[0], self.patch, grid[1], self.patch, colors).swapaxes(2, 3)
-        x = self.embed(x.reshape(count, grid[0] * grid[1], -1))
-        x = x + positions(*grid, x.shape[-1]).astype(x.dtype)
+        tokens = grid[0] * grid[1]
+        # All tokens of all images in one axis: XLA on CPU is slow with gradients of kernels over two.
+        x = self.embed(x.reshape(count * tokens, -1))
+        x = x + jnp.tile(positions(*grid, x.shape[-1]), (count, 1)).astype(x.dtype)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, tokens)
         return self.norm(x).astype(x.dtype).reshape(count, *grid, -1)
 
 

@@ -72,7 +72,7 @@ def _scope(settings: Mapping[str, Any]) -> str:
     """Which kernels are quantized, and how, in words."""
     # The embedding of a transformer is left in float without being asked for.
     excluded = [*(["embed"] if settings["model"] == "vit6" else []), *settings["exclude"]]
-    which = f"all kernels but {', '.join(excluded)}" if excluded else "every kernel"
+    which = f"all kernels but {' and '.join(excluded)}" if excluded else "every kernel"
     return f"{which} {_quantizer(settings)}"
 
 

@@ -53,9 +53,10 @@ def relative_step(steps: dict[str, jax.Array], weights: dict[str, jax.Array]) ->
     """The size |u| of a step relative to the mean |w| of its leaf, at most 1, on average over all weights."""
     leaves = [(steps[path], w) for path, w in weights.items() if w.size]
     # By output channel first: these means of |w| are the scales of `Binary`, which are taken already.
-    size = lambda leaf: jnp.mean(jnp.mean(jnp.abs(leaf), axis=tuple(range(leaf.ndim - 1))))
-    # Leaves of zeros alone have no size that a step could be relative to.
-    ratio = lambda u, w: jnp.minimum(size(u) / jnp.where(size(w) > 0, size(w), jnp.inf), 1)
+    size = lambda w: jnp.mean(jnp.mean(jnp.abs(w), axis=tuple(range(w.ndim - 1))))
+    # Not that of |u|: on GPUs, XLA takes it in the pass that writes the new weights. Leaves of zeros alone
+    # have no size that a step could be relative to.
+    ratio = lambda u, w: jnp.minimum(jnp.mean(jnp.abs(u)) / jnp.where(size(w) > 0, size(w), jnp.inf), 1)
     # Floats: more weights than an int32 can count are no rarity.
     parts = [float(w.size) * ratio(u, w) for u, w in leaves]
     return sum(parts, jnp.zeros([])) / float(max(sum(w.size for _, w in leaves), 1))

@@ -52,10 +52,10 @@ class StepInertia:
 def relative_step(steps: dict[str, jax.Array], weights: dict[str, jax.Array]) -> jax.Array:
     """The size |u| of a step relative to the mean |w| of its leaf, at most 1, on average over all weights."""
     leaves = [(steps[path], w) for path, w in weights.items() if w.size]
-    # By output channel first: these means of |w| are the scales of `Binary`, which are taken already.
+    # Of w by output channel first: these means are the scales of `Binary`, which are taken already. Of u at
+    # once: on GPUs, XLA takes that mean in the pass that writes the new weights.
     size = lambda w: jnp.mean(jnp.mean(jnp.abs(w), axis=tuple(range(w.ndim - 1))))
-    # Not that of |u|: on GPUs, XLA takes it in the pass that writes the new weights. Leaves of zeros alone
-    # have no size that a step could be relative to.
+    # Leaves of zeros alone have no size that a step could be relative to.
     ratio = lambda u, w: jnp.minimum(jnp.mean(jnp.abs(u)) / jnp.where(size(w) > 0, size(w), jnp.inf), 1)
     # Floats: more weights than an int32 can count are no rarity.
     parts = [float(w.size) * ratio(u, w) for u, w in leaves]
